@@ -1,0 +1,3 @@
+"""Generative models for medical images, as MONAI bundles."""
+
+__version__ = "0.1.0"
