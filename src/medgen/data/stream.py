@@ -1,0 +1,99 @@
+"""Training data as an endless stream in which every item is a function of (seed, position) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+from monai.data import DataLoader
+from monai.transforms import Randomizable
+from torch.utils.data import Dataset, Sampler
+
+from medgen.errors import UserError
+
+__all__ = ["ResumableDataLoader", "derive_seed"]
+
+
+def derive_seed(*parts: int) -> int:
+    """One 32-bit seed from several non-negative integers, such as (seed, rank, images seen)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class _Positions(Sampler[int]):
+    """Positions of this rank in the global stream, from the loader's own position on, without end."""
+
+    def __init__(self, loader: ResumableDataLoader, rank: int, world_size: int) -> None:
+        self.loader, self.rank, self.world_size = loader, rank, world_size
+
+    def __iter__(self) -> Iterator[int]:
+        position = self.loader.images_seen + self.rank
+        while True:
+            yield position
+            position += self.world_size
+
+
+class _AtPosition(Dataset):
+    """Maps a position of the stream to an item of a dataset, with the random transforms seeded for that position."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self._pass, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> Any:
+        n_pass, place = divmod(position, len(self.dataset))
+        if n_pass != self._pass:
+            order = np.random.default_rng(derive_seed(self.seed, n_pass)).permutation(len(self.dataset))
+            self._pass, self._order = n_pass, order
+        transform = getattr(self.dataset, "transform", None)
+        if isinstance(transform, Randomizable):
+            transform.set_random_state(seed=derive_seed(self.seed, 1, position))
+        return self.dataset[int(self._order[place])]
+
+
+class ResumableDataLoader(DataLoader):
+    """Data loader whose order and augmentation depend on (seed, position in the stream) and on nothing else.
+
+    The stream has no end: each pass over the dataset is a permutation of its own. Batches do not depend on the number
+    of workers, nor on where a training was interrupted: set :attr:`images_seen` before iterating. In a distributed run
+    each rank takes every ``world_size``-th position.
+
+    Args:
+        dataset: a map-style dataset; the random transforms of a MONAI dataset's ``transform`` are reseeded per item.
+        batch_size: images per rank and step.
+        seed: seed of order and augmentation.
+        num_workers: worker processes.
+        kwargs: passed on to :class:`monai.data.DataLoader`.
+
+    Raises:
+        UserError: the dataset holds fewer images than one step takes.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int = 1, seed: int = 0, num_workers: int = 0, **kwargs: Any):
+        rank, world_size = idist.get_rank(), idist.get_world_size()
+        self.global_batch_size = batch_size * world_size
+        self.epoch_length = len(dataset) // self.global_batch_size
+        if self.epoch_length == 0:
+            raise UserError(
+                f"a training step takes {self.global_batch_size} images (batch_size {batch_size} × {world_size} "
+                f"processes), the training split holds {len(dataset)}; lower --batch_size"
+            )
+        self.images_seen = 0
+        super().__init__(
+            _AtPosition(dataset, seed),
+            batch_size=batch_size,
+            sampler=_Positions(self, rank, world_size),
+            num_workers=num_workers,
+            **kwargs,
+        )
+
+    def __len__(self) -> int:
+        """Steps in an epoch: whole batches in the dataset."""
+        return self.epoch_length
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches from position ``images_seen`` on; ``images_seen`` counts what was handed out, on all ranks."""
+        for batch in super().__iter__():
+            self.images_seen += self.global_batch_size
+            yield batch

@@ -1,0 +1,40 @@
+"""Joining a group of processes started by torchrun: NCCL between GPUs, gloo between CPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+
+from medgen.errors import UserError
+
+__all__ = ["local_device", "start"]
+
+
+def start() -> None:
+    """Join torchrun's process group; all but rank 0 log warnings only.
+
+    Raises:
+        UserError: not started by torchrun.
+    """
+    if "RANK" not in os.environ:
+        raise UserError(
+            "multi_gpu_train.json expects the environment that torchrun sets, got none; start it with "
+            "torchrun --nproc_per_node=N -m monai.bundle run --config_file \"['configs/train.json',"
+            "'configs/multi_gpu_train.json']\""
+        )
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank() > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+def local_device() -> torch.device:
+    """This process's own GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,147 @@
+"""Base of every training loop of the collection: a MONAI Trainer whose whole state is saved and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from monai.engines import Trainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from medgen.data.stream import ResumableDataLoader, derive_seed
+from medgen.errors import UserError
+
+__all__ = ["GenerativeTrainer", "autocast", "check_same_shapes", "unwrap"]
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network itself, out of DistributedDataParallel."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def autocast(device: torch.device, amp: bool) -> AbstractContextManager:
+    """bfloat16 autocast where ``amp`` is wanted and the device computes in it; otherwise nothing.
+
+    bfloat16 has float32's range, so that no gradient scaler is needed. On the CPU, training stays in float32: most
+    processors emulate bfloat16, and runs are meant to repeat bit for bit.
+    """
+    if amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+class GenerativeTrainer(Trainer):
+    """A :class:`monai.engines.Trainer` that repeats itself exactly.
+
+    All random numbers of a step come from (seed, rank, images seen): torch's generators are reseeded before each step,
+    and the data loader is a function of the same. Together with :meth:`training_state` this makes a resumed training
+    end with the weights of an undisturbed one, bit for bit on the CPU.
+
+    Subclasses implement ``_iteration`` and pass everything that has a ``state_dict`` to ``components``.
+
+    Args:
+        device: where the networks are.
+        max_epochs: epochs to train.
+        train_data_loader: endless loader; its ``len`` is the epoch.
+        components: name -> object with ``state_dict`` and ``load_state_dict``: networks, optimisers, schedulers, EMA.
+            None values are passed over (an optional component that is switched off).
+        seed: seed of all random numbers of the training.
+        amp: bfloat16 autocast where the device has it.
+        train_handlers: MONAI or ignite handlers.
+        kwargs: passed on to :class:`monai.engines.Trainer`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: ResumableDataLoader,
+        components: Mapping[str, Any],
+        seed: int = 0,
+        amp: bool = False,
+        train_handlers: Sequence | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.components = {name: part for name, part in components.items() if part is not None}
+        self.seed = seed
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            data_loader=train_data_loader,
+            # MONAI's own amp is float16 with a scaler; see `autocast`
+            amp=False,
+            # batches stay batches: decollating costs time in every step and no postprocessing is done on them
+            decollate=False,
+            handlers=train_handlers,
+            **kwargs,
+        )
+        self.use_amp = amp
+
+    @property
+    def images_seen(self) -> int:
+        """Training images handed out so far, on all ranks."""
+        return self.data_loader.images_seen
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of mixed precision for this trainer's device."""
+        return autocast(self.state.device, self.use_amp)
+
+    def seed_step(self) -> None:
+        """Reseed torch's generators from (seed, rank, images seen): call first in every ``_iteration``."""
+        torch.manual_seed(derive_seed(self.seed, 2, idist.get_rank(), self.images_seen))
+
+    def training_state(self) -> dict[str, Any]:
+        """Everything that a resumed training needs, as tensors and plain values: loads with ``weights_only=True``."""
+        return {
+            "iteration": self.state.iteration,
+            "epoch": self.state.epoch,
+            "images_seen": self.images_seen,
+            "components": {name: unwrap(part).state_dict() for name, part in self.components.items()},
+        }
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`training_state`.
+
+        Raises:
+            UserError: the state belongs to other networks: names the first part that does not fit.
+        """
+        for name, part in self.components.items():
+            part = unwrap(part)
+            if name not in state["components"]:
+                raise UserError(
+                    f"the checkpoint holds no {name} ({', '.join(state['components'])}): it belongs to a training with "
+                    "other settings; resume with the settings it was made with, or choose another --output_dir"
+                )
+            if isinstance(part, nn.Module):
+                check_same_shapes(f"{name} of the checkpoint", part.state_dict(), state["components"][name])
+            part.load_state_dict(state["components"][name])
+        self.state.iteration, self.state.epoch = state["iteration"], state["epoch"]
+        # a checkpoint from the middle of an epoch: ignite counts the epoch again when it goes on with it
+        if state["iteration"] < state["epoch"] * len(self.data_loader):
+            self.state.epoch -= 1
+        self.data_loader.images_seen = state["images_seen"]
+
+
+def check_same_shapes(source: str, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """See that a state dict fits a network.
+
+    Args:
+        source: where the state dict comes from, for the message.
+        expected: state dict of the network.
+        given: state dict to load.
+
+    Raises:
+        UserError: names the first parameter that does not fit.
+    """
+    for key in [*expected, *(key for key in given if key not in expected)]:
+        if key in expected and key in given and expected[key].shape == given[key].shape:
+            continue
+        want, got = (f"shape {tuple(d[key].shape)}" if key in d else "nothing" for d in (expected, given))
+        raise UserError(
+            f"{source} belongs to another architecture: this network has {want} at {key}, got {got}; use the network "
+            "settings that it was trained with"
+        )

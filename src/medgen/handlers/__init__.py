@@ -1,0 +1,20 @@
+"""Handlers that MONAI and ignite do not ship."""
+
+from __future__ import annotations
+
+from medgen.handlers.checkpoint import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
+from medgen.handlers.metrics import MetricsJSON
+from medgen.handlers.pictures import ReconstructionGrid, save_grid
+from medgen.handlers.progress import TrainingProgress, scalars
+
+__all__ = [
+    "BestModelSaver",
+    "MetricsJSON",
+    "ReconstructionGrid",
+    "TrainingCheckpoint",
+    "TrainingProgress",
+    "WeightsLoader",
+    "atomic_save",
+    "save_grid",
+    "scalars",
+]

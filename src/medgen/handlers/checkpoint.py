@@ -1,0 +1,203 @@
+"""Checkpoints that survive being killed, and the best model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from medgen.engines.trainer import GenerativeTrainer, check_same_shapes, unwrap
+from medgen.errors import UserError
+
+__all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save"]
+
+logger = logging.getLogger(__name__)
+
+
+def atomic_save(obj: Any, path: str | Path) -> None:
+    """``torch.save`` to a temporary file, flushed to disk, then renamed: a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class TrainingCheckpoint:
+    """Saves the complete state of a :class:`GenerativeTrainer`, and continues from it.
+
+    The newest state is ``folder/last.pt``, the one before it ``folder/previous.pt``: should the newest be unreadable
+    (a disk that filled up, a copy that broke off), the older one is taken, and a warning says so.
+
+    Attach it first, so that the other handlers see the resumed state.
+
+    Args:
+        folder: where checkpoints lie.
+        interval: iterations between checkpoints; the end of every epoch is one as well. 0 saves at epoch ends alone.
+        resume: continue from ``folder`` if it holds a checkpoint.
+        fingerprint: plain values that must agree between the checkpoint and the resumed training, such as the hash of
+            the datalist.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        interval: int = 1000,
+        resume: bool = False,
+        fingerprint: Mapping[str, str | int | float] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.interval = interval
+        self.resume = resume
+        self.fingerprint = dict(fingerprint or {})
+
+    def attach(self, engine: GenerativeTrainer) -> None:
+        """Register on a trainer."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        if self.interval > 0:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save_within_epoch)
+        # at STARTED, so that the end of an epoch is saved after all that other handlers do there
+        engine.add_event_handler(Events.STARTED, lambda: engine.add_event_handler(Events.EPOCH_COMPLETED, self.save))
+
+    def start(self, engine: GenerativeTrainer) -> None:
+        """Load the newest readable checkpoint if asked to."""
+        if not self.resume:
+            return
+        state = self.load()
+        if state is None:
+            logger.info(f"no checkpoint in {self.folder} yet: training starts at the beginning")
+            return
+        for name, value in self.fingerprint.items():
+            if state["fingerprint"].get(name) != value:
+                raise UserError(
+                    f"the checkpoint in {self.folder} was made with {name} {state['fingerprint'].get(name)}, this run "
+                    f"has {value}; resume with what it was made with, or choose another --output_dir"
+                )
+        engine.load_training_state(state)
+        logger.info(f"resumed from {self.folder} at iteration {engine.state.iteration}, {engine.images_seen} images")
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest readable state on the CPU, or None where there is none.
+
+        Raises:
+            UserError: there are checkpoints, and none can be read.
+        """
+        problem = None
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            if not path.is_file():
+                continue
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                problem = f"{path} cannot be read ({type(error).__name__})"
+                logger.warning(f"{problem}; trying the one before it")
+        if problem:
+            raise UserError(f"{problem} and there is no older checkpoint; start again with another --output_dir")
+        return None
+
+    def save_within_epoch(self, engine: GenerativeTrainer) -> None:
+        """Save, but not at an epoch's last iteration: what happens at its end (validation) belongs before that save."""
+        if engine.state.iteration % len(engine.data_loader):
+            self.save(engine)
+
+    def save(self, engine: GenerativeTrainer) -> None:
+        """Write ``last.pt``; the former one becomes ``previous.pt``."""
+        if idist.get_rank() > 0:
+            return
+        last = self.folder / "last.pt"
+        newest = self.folder / "newest.pt"
+        atomic_save({**engine.training_state(), "fingerprint": self.fingerprint}, newest)
+        if last.is_file():
+            os.replace(last, self.folder / "previous.pt")
+        os.replace(newest, last)
+
+
+class BestModelSaver:
+    """Keeps the weights with the best validation metric as a bare state dict.
+
+    Attach it to the evaluator, and give it to the trainer's ``components``: its memory of the best metric is part of
+    the training state, so that a resumed training does not overwrite a better model with a worse one.
+
+    Args:
+        network: network to save; the network inside DistributedDataParallel is taken.
+        path: file of the state dict, for example the bundle's ``models/model.pt``.
+        is_better: (new, best so far) -> whether to save.
+    """
+
+    def __init__(
+        self, network: nn.Module, path: str | Path, is_better: Callable[[float, float], bool] | None = None
+    ) -> None:
+        self.network, self.path = network, Path(path)
+        self.is_better = is_better or (lambda new, best: new < best)
+        self.best: float | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register on an evaluator that has a key metric."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Save if the key metric is better than ever."""
+        value = float(engine.state.metrics[engine.state.key_metric_name])
+        if self.best is not None and not self.is_better(value, self.best):
+            return
+        self.best = value
+        if idist.get_rank() == 0:
+            atomic_save({k: v.cpu() for k, v in unwrap(self.network).state_dict().items()}, self.path)
+            logger.info(f"best model so far: {engine.state.key_metric_name} {value:.5f}, saved to {self.path}")
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The best metric so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.best = state["best"]
+
+
+class WeightsLoader:
+    """Loads a bare state dict into a network before an evaluation, and says so in one line if it cannot.
+
+    Args:
+        network: the network.
+        path: file of the state dict, read with ``weights_only=True``.
+    """
+
+    def __init__(self, network: nn.Module, path: str | Path) -> None:
+        self.network, self.path = network, Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """Register on an evaluator."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load.
+
+        Raises:
+            UserError: no such file, not a state dict, or of another architecture.
+        """
+        if not self.path.is_file():
+            raise UserError(f"no weights at {self.path}; train the bundle first, or name a file with --model_path")
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"{self.path} is not a file of plain weights ({type(error).__name__}); name a state dict with "
+                "--model_path"
+            ) from error
+        network = unwrap(self.network)
+        check_same_shapes(str(self.path), network.state_dict(), state)
+        network.load_state_dict(state)
+        logger.info(f"weights from {self.path}")

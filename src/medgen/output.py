@@ -1,0 +1,79 @@
+"""The output folder of a run: checks, names and atomic files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+from medgen.errors import UserError
+
+__all__ = ["atomic_write_text", "git_revision", "prepare_output_dir", "run_name"]
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def prepare_output_dir(output_dir: str | Path, resume: bool = True) -> Path:
+    """Make the output folder and see that it can be written to.
+
+    Args:
+        output_dir: the folder.
+        resume: False refuses a folder that holds the checkpoints of an earlier training.
+
+    Raises:
+        UserError: not writable, or it would overwrite an earlier training.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir must be a folder that can be written to, got {folder} ({error.strerror}); "
+            "choose another with --output_dir"
+        ) from error
+    if not resume and any((folder / "checkpoints").glob("*.pt")):
+        raise UserError(
+            f"{folder} holds the checkpoints of an earlier training; continue it with --resume true, "
+            "or choose another --output_dir"
+        )
+    return folder
+
+
+@cache
+def run_name(output_dir: str, prefix: str, resume: bool = False) -> str:
+    """Name of the training run of an output folder: ``prefix-YYYYmmdd-HHMMSS``.
+
+    The name is kept in ``output_dir/run.json``, so that a resumed training continues its own run in the tracker. MLflow
+    would otherwise let a new training adopt any unfinished run of the experiment.
+    """
+    record = Path(output_dir) / "run.json"
+    if resume and record.is_file():
+        return json.loads(record.read_text(encoding="utf-8"))["run_name"]
+    name = f"{prefix}-{datetime.now():%Y%m%d-%H%M%S}"
+    if int(os.environ.get("RANK", "0")) == 0:
+        atomic_write_text(record, json.dumps({"run_name": name}) + "\n")
+    return name
+
+
+def git_revision() -> str:
+    """Commit of the checkout that this package runs from, with ``+changes`` if it is not clean; "" outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + ("+changes" if dirty.stdout.strip() else "")
