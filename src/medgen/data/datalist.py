@@ -1,0 +1,426 @@
+"""Datalists: the JSON that passes from preprocessing to a bundle, split by patient and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import ntpath
+import os
+import posixpath
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from medgen.errors import UserError
+from medgen.output import atomic_write_text
+
+__all__ = [
+    "datalist_hash",
+    "file_stem",
+    "items_from_folder",
+    "list_files",
+    "load_datalist",
+    "natural_key",
+    "split_by_patient",
+    "validate_datalist",
+    "write_datalist",
+]
+
+Item = dict[str, Any]
+
+SPLITS = ("training", "validation", "test")
+PATH_FIELDS = ("image", "mask", "anomaly_mask")  # joined to dataset_dir on loading
+NOT_IMAGES = (".csv", ".json", ".txt")
+
+# Only these are cut off a name: DICOM files often end in a UID, whose last number is no suffix.
+_SUFFIX = re.compile(
+    r"\.(png|jpe?g|jpe|jfif|tiff?|bmp|gif|webp|jp2|j2k|pgm|ppm|dcm|dicom|ima|nii\.gz|nii|mha|mhd|nrrd)$", re.IGNORECASE
+)
+
+
+def natural_key(path: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts ``image2`` before ``image10``, the same on every machine."""
+    parts = re.split(r"([0-9]+)", path)
+    # the text itself comes last, so that "01" and "1" are ordered too
+    return [(1, int(p), "") if p.isdecimal() else (0, 0, p) for p in parts] + [(0, 0, path)]
+
+
+def file_stem(name: str) -> str:
+    """The file's name without its folder and without the suffix of an image format (``.nii.gz`` is one suffix)."""
+    base = posixpath.basename(name.replace(os.sep, "/"))
+    return _SUFFIX.sub("", base) or base
+
+
+def list_files(folder: str | os.PathLike) -> list[str]:
+    """Every file below a folder that is not hidden, in natural order.
+
+    Linked folders are entered (public datasets are often spread over disks that way), each folder once.
+
+    Args:
+        folder: the root.
+
+    Returns:
+        Paths relative to ``folder``, with forward slashes.
+
+    Raises:
+        UserError: if ``folder`` is no folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"expected a folder, got {root} ({'a file' if root.exists() else 'not found'})")
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+
+    def walk(directory: str, prefix: str) -> None:
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
+        try:
+            with os.scandir(directory) as entries:
+                # sorted, because of two links to one folder the first is entered
+                ordered = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"cannot list {directory}: {error.strerror}; mend its permissions") from error
+        for entry in ordered:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry.path, f"{prefix}{entry.name}/")
+            else:
+                found.append(prefix + entry.name)
+
+    walk(str(root), "")
+    return sorted(found, key=natural_key)
+
+
+def items_from_folder(folder: str | os.PathLike) -> list[Item]:
+    """Datalist items for a folder of images without a datalist, for inference.
+
+    Args:
+        folder: searched with all folders below it; hidden files, CSV, JSON and TXT are passed over.
+
+    Returns:
+        ``{"image": path, "patient": file name without suffix}`` in natural order (``image2`` before ``image10``);
+        paths begin with ``folder``.
+
+    Raises:
+        UserError: if ``folder`` is no folder or holds no file.
+    """
+    files = [file for file in list_files(folder) if not file.lower().endswith(NOT_IMAGES)]
+    if not files:
+        raise UserError(f"expected images below {folder}, got an empty folder; name the folder that holds them")
+    return [{"image": os.path.join(folder, file), "patient": file_stem(file)} for file in files]
+
+
+def split_by_patient(
+    items: Iterable[Mapping[str, Any]], fractions: Mapping[str, float] | None = None, seed: int = 0
+) -> dict[str, list[Item]]:
+    """Split items so that no patient stands in two splits.
+
+    Patients are taken in an order that depends on the seed and their ids only, so the order of ``items`` and adding
+    other fields change nothing. Each goes to the split that lacks most of its share; then whole patients are moved or
+    exchanged as long as that brings the number of *images* nearer to the fractions. With many patients the result is
+    within one image of them; patients with many images are not favoured for any split.
+
+    Args:
+        items: datalist items with ``image`` and ``patient``.
+        fractions: share of the images per split, summing to 1; default 0.8 / 0.1 / 0.1 for training, validation
+            and test.
+        seed: another seed gives another split.
+
+    Returns:
+        Items per split in natural order of ``image``. No split with a fraction above 0 is empty when there are at
+        least as many patients as such splits; with fewer, the ones with the largest fractions are filled.
+
+    Raises:
+        UserError: if the fractions do not sum to 1, one is negative, or an item has no patient.
+    """
+    fractions = {"training": 0.8, "validation": 0.1, "test": 0.1} if fractions is None else dict(fractions)
+    total = math.fsum(fractions.values())
+    if not fractions or min(fractions.values()) < 0 or not math.isclose(total, 1, abs_tol=1e-6):
+        shares = ", ".join(f"{name} {share:g}" for name, share in fractions.items())
+        raise UserError(f"split fractions must be 0 or more and sum to 1, got {shares} (sum {total:g})")
+
+    images: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        if not str(item.get("patient", "")):
+            raise UserError(f"expected a patient in every item, got none for {item.get('image', item)}")
+        images[str(item["patient"])].append(dict(item))
+    order = sorted(images, key=lambda patient: hashlib.sha256(f"{seed}\0{patient}".encode()).digest())
+    size = {patient: len(images[patient]) for patient in order}
+
+    splits = [name for name, share in fractions.items() if share > 0]
+    target = {name: fractions[name] * sum(size.values()) for name in splits}
+    count = dict.fromkeys(splits, 0)
+    home: dict[str, str] = {}
+    for patient in order:
+        name = max(splits, key=lambda s: ((target[s] - count[s]) / target[s], target[s]))
+        home[patient] = name
+        count[name] += size[patient]
+    _fill_empty(home, size, count, splits)
+    _approach(home, size, count, target)
+
+    result: dict[str, list[Item]] = {name: [] for name in fractions}
+    for patient in order:
+        result[home[patient]] += images[patient]
+    for members in result.values():
+        members.sort(key=lambda item: natural_key(str(item.get("image", ""))))
+    return result
+
+
+def _fill_empty(home: dict[str, str], size: dict[str, int], count: dict[str, int], splits: list[str]) -> None:
+    """Give every empty split the smallest patient of the split with the most patients."""
+    for name in splits:
+        patients = Counter(home.values())
+        donor = max(splits, key=lambda s: patients[s])
+        if patients[name] == 0 and patients[donor] > 1:
+            patient = min((p for p in home if home[p] == donor), key=size.__getitem__)
+            home[patient] = name
+            count[donor] -= size[patient]
+            count[name] += size[patient]
+
+
+def _approach(home: dict[str, str], size: dict[str, int], count: dict[str, int], target: dict[str, float]) -> None:
+    """Move or exchange single patients while that lessens the distance of the image counts from their targets."""
+    # Patients of one size are interchangeable here, so sizes are searched and not pairs of patients.
+    members: dict[str, dict[int, list[str]]] = {name: defaultdict(list) for name in target}
+    for patient, name in home.items():
+        members[name][size[patient]].append(patient)
+    while True:
+        best_gain, best = 1e-9, None
+        for giver, taker in permutations(target, 2):
+            sizes = [k for k, patients in members[giver].items() if patients]
+            may_move = sum(len(patients) for patients in members[giver].values()) > 1
+            back = ([0] if may_move else []) + [k for k, patients in members[taker].items() if patients]
+            error = abs(count[giver] - target[giver]) + abs(count[taker] - target[taker])
+            for out in sizes:
+                for into in back:
+                    net = out - into
+                    after = abs(count[giver] - net - target[giver]) + abs(count[taker] + net - target[taker])
+                    if error - after > best_gain:
+                        best_gain, best = error - after, (giver, taker, out, into)
+        if best is None:
+            return
+        giver, taker, out, into = best
+        moved = members[giver][out].pop()
+        home[moved] = taker
+        if into:
+            returned = members[taker][into].pop()
+            home[returned] = giver
+            members[giver][into].append(returned)
+        members[taker][out].append(moved)
+        count[giver] -= out - into
+        count[taker] += out - into
+
+
+def _unsafe(path: str) -> bool:
+    """Whether a datalist's path is absolute (on any system) or leaves its root."""
+    # ntpath too: "C:\\x" is a harmless relative name here and an absolute path for a colleague on Windows
+    if path.startswith(("/", "\\")) or ntpath.splitdrive(path)[0] or "\0" in path:
+        return True
+    return ".." in path and posixpath.normpath(path.replace("\\", "/")).split("/")[0] == ".."
+
+
+def _read(path: str | os.PathLike) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise UserError(
+            f"datalist {path} not found; make one with: python -m preprocessing.images --source DIR --target DIR"
+        ) from None
+    except OSError as error:
+        raise UserError(f"datalist {path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"datalist {path} is not JSON: {' '.join(str(error).split())}") from error
+
+
+def _splits(datalist: Mapping[str, Any]) -> dict[str, list[Item]]:
+    """The keys that hold items: the three usual ones, and any other non-empty list of objects."""
+    return {
+        name: value
+        for name, value in datalist.items()
+        if name in SPLITS or (isinstance(value, list) and value and all(isinstance(item, dict) for item in value))
+    }
+
+
+def validate_datalist(datalist: Mapping[str, Any] | str | os.PathLike) -> dict[str, Any]:
+    """Check a datalist; nothing is looked up on disk but the datalist itself.
+
+    Args:
+        datalist: its content, or the path of its JSON file.
+
+    Returns:
+        The content. Splits are ``training``, ``validation``, ``test`` and every other key that holds a list of objects.
+
+    Raises:
+        UserError: if it is not JSON or has no split; if an item lacks ``image`` or ``patient``; if a path is absolute
+            or leaves its root; if an image stands there twice or a patient stands in two splits.
+    """
+    where = "datalist"
+    if isinstance(datalist, str | os.PathLike):
+        where = f"datalist {datalist}"
+        datalist = _read(datalist)
+    shape = '{"training": [{"image": ..., "patient": ...}, ...], ...}'
+    if not isinstance(datalist, Mapping):
+        raise UserError(f"{where}: expected an object {shape}, got a {type(datalist).__name__}")
+    splits = _splits(datalist)
+    if not splits:
+        raise UserError(f"{where}: expected {shape}, got no split, only the keys {sorted(map(str, datalist))}")
+
+    image_home: dict[str, str] = {}
+    patient_home: dict[str, str] = {}
+    for name, items in splits.items():
+        if not isinstance(items, list):
+            raise UserError(f"{where}: {name} must be a list of items, got a {type(items).__name__}")
+        for number, item in enumerate(items):
+            spot = f"{where}: {name}[{number}]"
+            if not isinstance(item, Mapping):
+                raise UserError(f"{spot} must be an object with image and patient, got {item!r:.80}")
+            image, patient = item.get("image"), item.get("patient")
+            if not isinstance(image, str) or not image:
+                raise UserError(f"{spot} must have an image (a relative path), got {image!r:.80}")
+            if isinstance(patient, bool) or not isinstance(patient, str | int) or patient == "":
+                raise UserError(f"{spot} ({image}) must have a patient (an id), got {patient!r:.80}")
+            for field in PATH_FIELDS:
+                path = item.get(field)
+                if path is None:
+                    continue
+                if not isinstance(path, str) or _unsafe(path):
+                    raise UserError(f"{spot}: {field} must be a path below the dataset's folder, got {path!r:.200}")
+            image, patient = posixpath.normpath(image), str(patient)
+            other = image_home.setdefault(image, spot)
+            if other is not spot:
+                raise UserError(f"{spot}: image {image} stands already in {other.removeprefix(where + ': ')}")
+            other = patient_home.setdefault(patient, name)
+            if other != name:
+                raise UserError(
+                    f"{where}: patient {patient} stands in two splits, {other} and {name}; "
+                    "split by patient (medgen.data.split_by_patient)"
+                )
+    return dict(datalist)
+
+
+def write_datalist(
+    path: str | os.PathLike,
+    name: str,
+    modality: str | Mapping[str, str],
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    **extra: Any,
+) -> None:
+    """Check and write a datalist in MONAI's Decathlon form, all of it or nothing.
+
+    Args:
+        path: JSON file to write; a file that is there is replaced in one step.
+        name: dataset's name.
+        modality: as in the Decathlon form, ``"CT"`` or ``{"0": "CT"}``.
+        splits: items per split; paths relative to the datalist's folder.
+        extra: other top-level keys, such as ``description`` or ``label_names``.
+
+    Raises:
+        UserError: as :func:`validate_datalist`, before anything is written; or if ``path`` cannot be written.
+    """
+    content = validate_datalist({"name": name, "modality": modality, **extra, **splits})
+    try:
+        atomic_write_text(path, _dump(content))
+    except OSError as error:
+        raise UserError(f"datalist {path} cannot be written: {error.strerror}") from error
+
+
+def _dump(content: Mapping[str, Any]) -> str:
+    """JSON with one item a line: a person can read it and `diff` can compare it, at 100,000 items too."""
+    lines = []
+    splits = _splits(content)
+    for key, value in content.items():
+        if splits.get(key):
+            value = "[\n    " + ",\n    ".join(json.dumps(item, ensure_ascii=False) for item in value) + "\n  ]"
+        else:
+            value = json.dumps(value, ensure_ascii=False)
+        lines.append(f"  {json.dumps(key)}: {value}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load_datalist(
+    datalist: str | os.PathLike, split: str, dataset_dir: str | os.PathLike | None = None, require_files: bool = True
+) -> list[Item]:
+    """Items of one split, with full paths; this is what a bundle's JSON calls.
+
+    .. code-block:: json
+
+        {"_target_": "medgen.data.load_datalist",
+         "datalist": "@datalist", "split": "training", "dataset_dir": "@dataset_dir"}
+
+    Args:
+        datalist: JSON file.
+        split: ``training``, ``validation``, ``test`` or another list in it.
+        dataset_dir: base of the relative paths; default (None or empty): the datalist's folder.
+        require_files: look whether every image and mask exists (one listing per folder, so it costs little).
+
+    Returns:
+        Copies of the items with ``image``, ``mask`` and ``anomaly_mask`` joined to ``dataset_dir``.
+
+    Raises:
+        UserError: if the datalist is missing or refused by :func:`validate_datalist`, the split is missing or empty,
+            or a file is missing.
+    """
+    content = validate_datalist(datalist)
+    splits = _splits(content)
+    if not splits.get(split):
+        there = ", ".join(f"{name} ({len(items)})" for name, items in splits.items())
+        state = "empty" if split in splits else "missing"
+        raise UserError(f"datalist {datalist}: split {split} is {state}; it has {there}")
+    root = Path(dataset_dir) if dataset_dir else Path(datalist).parent
+    items = [
+        {
+            key: os.path.join(root, value) if key in PATH_FIELDS and value is not None else value
+            for key, value in item.items()
+        }
+        for item in splits[split]
+    ]
+    if require_files:
+        missing = list(_missing(item[field] for item in items for field in PATH_FIELDS if item.get(field)))
+        if missing:
+            raise UserError(
+                f"{missing[0]} not found ({len(missing)} of the files of split {split} are missing); "
+                f"set dataset_dir to the folder that the paths in {datalist} start from, now {root}"
+            )
+    return items
+
+
+def _missing(paths: Iterable[str]) -> Iterator[str]:
+    """The paths that are no files; folders are listed once instead of asking a network disk for every file."""
+    listed: dict[str, set[str]] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            try:
+                with os.scandir(folder or ".") as entries:
+                    listed[folder] = {entry.name for entry in entries if entry.is_file()}
+            except OSError:
+                listed[folder] = set()
+        # the second look: file systems that ignore case or normalise accents list another spelling
+        if name not in listed[folder] and not os.path.isfile(path):
+            yield path
+
+
+def datalist_hash(datalist_path: str | os.PathLike) -> str:
+    """Fingerprint of a datalist's content: the same for any formatting and order of keys.
+
+    The order of the items counts: training draws its batches by it.
+
+    Args:
+        datalist_path: JSON file.
+
+    Returns:
+        SHA-256, 64 hexadecimal digits.
+
+    Raises:
+        UserError: if the file is missing or not JSON.
+    """
+    canonical = json.dumps(_read(datalist_path), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()

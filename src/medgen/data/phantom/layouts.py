@@ -1,0 +1,415 @@
+"""Phantom studies written as public datasets are: one function per layout, and the registry of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from medgen import __version__
+from medgen.data.phantom.thorax import (
+    FIELD_OF_VIEW_CM,
+    FINDINGS,
+    MAX_SIZE,
+    MIN_SIZE,
+    Acquisition,
+    Anatomy,
+    Finding,
+    ThoraxImage,
+    ThoraxPhantom,
+)
+from medgen.errors import UserError
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+__all__ = ["LAYOUTS", "Layout", "PhantomSpec", "Study", "draw_studies", "write_phantom"]
+
+MANIFEST = "phantom.json"
+NO_FINDING = "No Finding"
+SECOND_FINDING = 0.25  # share of the abnormal radiographs that show two
+TEST_SHARE = 0.2  # of the patients, as in ChestX-ray14's official lists
+
+TRUTH_COLUMNS = ("file", "patient", "sex", "age", "view", "labels", "lung_mask", "anomaly_mask")
+# The header of ChestX-ray14's table as it was published: its commas cut two of the names in half
+DATA_ENTRY_COLUMNS = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+
+# Stored values of the DICOM files. The film's black and white are not the ends of the 12 bits, so that a reader which
+# ignores the window, or applies it before inverting MONOCHROME1, gives a visibly wrong image.
+BITS_STORED = 12
+STORED_BLACK, STORED_WHITE = 248, 3848
+STUDY_DATE = "20200101"
+DX_STORAGE = "1.2.840.10008.5.1.4.1.1.1.1"  # Digital X-Ray Image Storage - For Presentation
+CR_STORAGE = "1.2.840.10008.5.1.4.1.1.1"
+VIEW_CODES = {"PA": ("272479007", "postero-anterior"), "AP": ("399348003", "antero-posterior")}  # DICOM CID 4010
+CHEST_CODE = ("816094009", "Chest")  # DICOM CID 4031
+
+
+@dataclass(frozen=True)
+class PhantomSpec:
+    """How much to write, and of what.
+
+    Args:
+        patients: number of patients.
+        images_per_patient: radiographs of each.
+        size: height and width in pixels, from 32 to 2048.
+        seed: of everything drawn; a patient's anatomy depends on it and on the patient's number alone.
+        anomaly_fraction: share of the radiographs with findings, in [0, 1]; met to the nearest whole number.
+
+    Raises:
+        UserError: when one of them is out of range.
+    """
+
+    patients: int = 20
+    images_per_patient: int = 1
+    size: int = 256
+    seed: int = 0
+    anomaly_fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("patients", 1, 99_999),
+            ("images_per_patient", 1, 999),
+            ("size", MIN_SIZE, MAX_SIZE),
+            ("seed", 0, 2**63 - 1),
+            ("anomaly_fraction", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name} must be from {low} to {high}, got {value}; change --{name.replace('_', '-')}")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One radiograph of one patient, drawn but not rendered.
+
+    Args:
+        patient: number from 0.
+        follow_up: number of the radiograph among the patient's, from 0.
+        phantom: patient and exposure.
+        findings: what to insert; empty for a normal radiograph.
+    """
+
+    patient: int
+    follow_up: int
+    phantom: ThoraxPhantom
+    findings: tuple[Finding, ...]
+
+    @property
+    def labels(self) -> str:
+        """The findings' names divided by ``|``, or "No Finding"."""
+        return "|".join(finding.label for finding in self.findings) or NO_FINDING
+
+
+def draw_studies(spec: PhantomSpec) -> Iterator[Study]:
+    """Draw patients, exposures and findings; rendering is left to the caller.
+
+    Args:
+        spec: how many and which.
+
+    Yields:
+        the studies, patient by patient.
+    """
+    total = spec.patients * spec.images_per_patient
+    rng = np.random.default_rng([spec.seed, 0])
+    abnormal = rng.permutation(total)[: round(spec.anomaly_fraction * total)]
+    # in turn, not at random: a handful of studies shall show each finding once
+    kinds = rng.permutation(len(FINDINGS))
+    first = {int(study): FINDINGS[kinds[n % len(FINDINGS)]] for n, study in enumerate(abnormal)}
+    for patient in range(spec.patients):
+        anatomy = Anatomy.draw(np.random.default_rng([spec.seed, 1, patient]))
+        for follow_up in range(spec.images_per_patient):
+            rng = np.random.default_rng([spec.seed, 2, patient, follow_up])
+            acquisition = Acquisition.draw(rng)
+            labels = []
+            if (label := first.get(patient * spec.images_per_patient + follow_up)) is not None:
+                labels.append(label)
+                if rng.random() < SECOND_FINDING:
+                    labels.append(str(rng.choice([other for other in FINDINGS if other != label])))
+            findings = tuple(Finding(label, int(rng.integers(2**32))) for label in labels)
+            yield Study(patient, follow_up, ThoraxPhantom(anatomy, acquisition), findings)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A folder layout.
+
+    Args:
+        summary: one line for ``--help``.
+        entries: names directly below the output folder that ``write`` makes; ``--force`` removes these.
+        write: takes the output folder, the specification and the studies; gives the next command to type.
+    """
+
+    summary: str
+    entries: tuple[str, ...]
+    write: Callable[[Path, PhantomSpec, Iterable[Study]], str]
+
+
+def _write_chest(out: Path, spec: PhantomSpec, studies: Iterable[Study]) -> str:
+    """``images/<patient>/<study>/<sop>.dcm``; ``file`` in the truth is relative to ``images``."""
+    rows = []
+    for number, study in enumerate(studies):
+        image = study.phantom.render(spec.size, study.findings)
+        dataset = _dicom(study, image, spec, inverted=bool(number & 1), rle=bool(number & 2))
+        file = f"{dataset.PatientID}/{dataset.StudyInstanceUID}/{dataset.SOPInstanceUID}.dcm"
+        path = out / "images" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dataset.save_as(path, enforce_file_format=True)
+        masks = _save_masks(out, f"{dataset.PatientID}_{study.follow_up:03d}", image, "png")
+        rows.append((file, dataset.PatientID, *_truth(study), *masks))
+    _save_csv(out / "truth.csv", TRUTH_COLUMNS, rows)
+    return _command(
+        "preprocessing.images", source=out / "images", labels=out / "truth.csv", target=_sibling(out), size=spec.size
+    )
+
+
+def _write_chestxray14(out: Path, spec: PhantomSpec, studies: Iterable[Study]) -> str:
+    """``images_001/images/<patient>_<follow-up>.png``, the official table and the two official lists."""
+    images = out / "images_001" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    truth, entries, lists = [], [], {"train_val_list.txt": [], "test_list.txt": []}
+    order = np.random.default_rng([spec.seed, 3]).permutation(spec.patients)
+    tested = set(order[: max(round(TEST_SHARE * spec.patients), min(1, spec.patients - 1))].tolist())
+    spacing = _spacing_mm(spec.size)
+    for study in studies:
+        image = study.phantom.render(spec.size, study.findings)
+        name = f"{study.patient + 1:08d}_{study.follow_up:03d}"
+        Image.fromarray(np.rint(image.image * 255).astype(np.uint8)).save(images / f"{name}.png")
+        # TIFF: any PNG below the dataset's folder that its table does not list would count as a stray radiograph
+        masks = _save_masks(out, name, image, "tif")
+        sex, age, view, labels = _truth(study)
+        truth.append((f"images_001/images/{name}.png", study.patient + 1, sex, age, view, labels, *masks))
+        # a device is no finding in the dataset's vocabulary
+        official = "|".join(label for label in labels.split("|") if label != "Support Devices") or NO_FINDING
+        size = spec.size
+        row = (f"{name}.png", official, study.follow_up, study.patient + 1, age, sex, view)
+        entries.append((*row, size, size, spacing, spacing))
+        lists["test_list.txt" if study.patient in tested else "train_val_list.txt"].append(f"{name}.png\n")
+    _save_csv(out / "Data_Entry_2017_v2020.csv", DATA_ENTRY_COLUMNS.split(","), entries)
+    for name, lines in lists.items():
+        (out / name).write_text("".join(lines), encoding="utf-8", newline="\n")
+    _save_csv(out / "truth.csv", TRUTH_COLUMNS, truth)
+    return _command("preprocessing.chestxray14", source=out, target=_sibling(out), size=spec.size)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "chest": Layout("radiographs as a DICOM tree", ("images", "masks", "truth.csv"), _write_chest),
+    "chestxray14": Layout(
+        "NIH ChestX-ray14: PNG, table and official lists",
+        ("images_001", "masks", "truth.csv", "Data_Entry_2017_v2020.csv", "train_val_list.txt", "test_list.txt"),
+        _write_chestxray14,
+    ),
+}
+
+
+def write_phantom(layout: str, out: Path, spec: PhantomSpec, force: bool = False) -> list[str]:
+    """Write phantom studies in the layout of a public dataset.
+
+    The same arguments write the same bytes, so a run that was interrupted is simply repeated.
+
+    Args:
+        layout: a key of :data:`LAYOUTS`.
+        out: folder to write; it must be new, empty, or made by the same call.
+        spec: how much and of what.
+        force: replace phantoms of other arguments. Files that are no phantom's are never removed.
+
+    Returns:
+        what was made and the next command, one line each.
+
+    Raises:
+        UserError: when the layout is unknown, ``out`` holds something else, or it cannot be written.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    manifest = {"made_by": "medgen phantom", "version": __version__, "layout": layout, **asdict(spec)}
+    studies = list(draw_studies(spec))
+    try:
+        _claim(out, manifest, force)
+        command = LAYOUTS[layout].write(out, spec, tqdm(studies, desc=layout, unit="image", disable=None))
+    except OSError as error:
+        where = error.filename or out
+        raise UserError(f"expected to write {where}, got {error.strerror or error}; choose another folder") from error
+    abnormal = sum(bool(study.findings) for study in studies)
+    return [
+        f"wrote {len(studies)} synthetic radiographs of {spec.patients} patients, {abnormal} with findings: {out}",
+        f"truth: {out / 'truth.csv'}, masks of lungs and anomalies: {out / 'masks'}",
+        f"next: {command}",
+    ]
+
+
+def _claim(out: Path, manifest: dict[str, Any], force: bool) -> None:
+    """Make ``out`` ready for what the manifest describes, or refuse to touch it."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"OUT must be a folder, got the file {out}; choose another name")
+    path = out / MANIFEST
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            made = None
+        if not isinstance(made, dict) or made.get("layout") not in LAYOUTS:
+            raise UserError(f"OUT must be new or empty, got {out} with files of another origin; choose another folder")
+        if made != manifest:
+            if not force:
+                differing = [key for key in {**made, **manifest} if made.get(key) != manifest.get(key)]
+                raise UserError(
+                    f"{out} holds phantoms made with another {', '.join(differing)}; "
+                    "choose another folder, or give --force to replace them"
+                )
+            for name in LAYOUTS[made["layout"]].entries:
+                entry = out / name
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _truth(study: Study) -> tuple[str, int, str, str]:
+    """Sex, age, view and labels."""
+    anatomy = study.phantom.anatomy
+    return anatomy.sex, anatomy.age, study.phantom.acquisition.view, study.labels
+
+
+def _save_masks(out: Path, stem: str, image: ThoraxImage, suffix: str) -> tuple[str, str]:
+    """Write the masks, 0 or 255; their paths relative to ``out``, empty for a mask that would be."""
+    names = []
+    (out / "masks").mkdir(exist_ok=True)
+    for kind, mask in (("lung", image.lung_mask), ("anomaly", image.anomaly_mask)):
+        name = f"masks/{stem}_{kind}.{suffix}" if mask.any() else ""
+        if name:
+            options = {"compression": "tiff_deflate"} if suffix == "tif" else {}
+            Image.fromarray(mask.astype(np.uint8) * 255).save(out / name, **options)
+        names.append(name)
+    return names[0], names[1]
+
+
+def _save_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _spacing_mm(size: int) -> float:
+    return round(10 * FIELD_OF_VIEW_CM / size, 6)
+
+
+def _sibling(out: Path) -> Path:
+    """Where the next step may write: beside ``out``, so that neither is mistaken for a part of the other."""
+    return out.with_name(f"{out.resolve().name}-prepared")
+
+
+def _command(module: str, **options: object) -> str:
+    return shlex.join(["python", "-m", module, *(part for k, v in options.items() for part in (f"--{k}", str(v)))])
+
+
+def _dicom(study: Study, image: ThoraxImage, spec: PhantomSpec, inverted: bool, rle: bool) -> Dataset:
+    """A radiograph as DX (erect, PA) or CR (bedside, AP), marked as synthetic.
+
+    Args:
+        study: what it shows.
+        image: its pixels, (H, W) in [0, 1].
+        spec: enters the UIDs, so that different phantoms never share one.
+        inverted: MONOCHROME1 instead of MONOCHROME2.
+        rle: RLE Lossless instead of uncompressed.
+    """
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+
+    anatomy, view = study.phantom.anatomy, study.phantom.acquisition.view
+    digital = view == "PA"
+    number = study.patient + 1
+
+    def uid(*what: object) -> str:
+        return generate_uid(entropy_srcs=[f"medgen phantom {__version__}", repr(spec), *map(str, what)])
+
+    def code(value: str, meaning: str) -> Dataset:
+        item = Dataset()
+        item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "SCT", meaning
+        return item
+
+    ds = Dataset()
+    ds.SpecificCharacterSet = "ISO_IR 100"
+    ds.ImageType = ["DERIVED", "PRIMARY"]
+    ds.SOPClassUID = DX_STORAGE if digital else CR_STORAGE
+    ds.SOPInstanceUID = uid("image", study.patient, study.follow_up)
+    ds.SyntheticData = "YES"
+    ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = STUDY_DATE
+    ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = (
+        f"12{study.follow_up // 60:02d}{study.follow_up % 60:02d}"
+    )
+    ds.AccessionNumber = ""
+    ds.Modality = "DX" if digital else "CR"
+    if digital:
+        ds.PresentationIntentType = "FOR PRESENTATION"
+    ds.Manufacturer = "medgen"
+    ds.ManufacturerModelName = "analytic thorax phantom"
+    ds.SoftwareVersions = __version__
+    ds.ReferringPhysicianName = ""
+    ds.StudyDescription = "SYNTHETIC chest radiograph"
+    ds.SeriesDescription = f"SYNTHETIC {view}"
+    ds.DerivationDescription = "Computed from analytic shapes; no patient was imaged"
+    ds.PatientName = f"Phantom^Synthetic {number:05d}"
+    ds.PatientID = f"PHANTOM{number:05d}"
+    ds.PatientBirthDate = ""
+    ds.PatientSex = anatomy.sex
+    ds.PatientAge = f"{anatomy.age:03d}Y"
+    ds.QualityControlSubject = "YES"
+    ds.PatientIdentityRemoved = "YES"
+    ds.DeidentificationMethod = "no patient: synthetic"
+    ds.BodyPartExamined = "CHEST"
+    ds.ViewPosition = view
+    ds.ViewCodeSequence = [code(*VIEW_CODES[view])]
+    ds.AnatomicRegionSequence = [code(*CHEST_CODE)]
+    ds.AcquisitionContextSequence = []
+    ds.StudyInstanceUID = uid("study", study.patient, study.follow_up)
+    ds.SeriesInstanceUID = uid("series", study.patient, study.follow_up)
+    ds.StudyID = str(study.follow_up + 1)
+    ds.SeriesNumber = ds.InstanceNumber = ds.AcquisitionNumber = 1
+    ds.PatientOrientation = ["L", "F"]
+    ds.ImageLaterality = "U"
+    ds.ImageComments = f"SYNTHETIC phantom, not a patient. Findings: {study.labels}"
+    ds.BurnedInAnnotation = "NO"
+    ds.LossyImageCompression = "00"
+    ds.ImagerPixelSpacing = ds.PixelSpacing = [str(_spacing_mm(spec.size))] * 2
+    ds.DetectorType = ""
+    ds.PixelIntensityRelationship = "LOG"
+    # +1: larger values where more of the beam arrives
+    ds.PixelIntensityRelationshipSign = 1 if inverted else -1
+    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = "0", "1", "US"
+    ds.PresentationLUTShape = "INVERSE" if inverted else "IDENTITY"
+    # PS3.3 C.11.2.1.2: black below center - 0.5 - (width - 1) / 2, white above center - 0.5 + (width - 1) / 2
+    ds.WindowCenter = str((STORED_BLACK + STORED_WHITE) / 2 + 0.5)
+    ds.WindowWidth = str(STORED_WHITE - STORED_BLACK + 1)
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+    ds.Rows, ds.Columns = image.image.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, BITS_STORED, BITS_STORED - 1
+    ds.PixelRepresentation = 0
+    shown = 1 - image.image if inverted else image.image
+    stored = np.rint(STORED_BLACK + shown * (STORED_WHITE - STORED_BLACK)).astype("<u2")
+    ds.PixelData = stored.tobytes()
+    ds["PixelData"].VR = "OW"
+
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    if rle:
+        # pydicom's own encoder, not the fastest installed: the bytes must not depend on what is
+        ds.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+    return ds

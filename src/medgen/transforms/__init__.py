@@ -1,0 +1,21 @@
+"""MONAI transforms for 2-D images, (C, H, W); array and dictionary versions side by side."""
+
+from __future__ import annotations
+
+from medgen.transforms.channels import EnsureChannels, EnsureChannelsd
+from medgen.transforms.check import CheckImage, CheckImaged
+from medgen.transforms.resize import ResizeShorterSide, ResizeShorterSided
+from medgen.transforms.save import SaveArray, SaveArrayd, SavePNG, SavePNGd
+
+__all__ = [
+    "CheckImage",
+    "CheckImaged",
+    "EnsureChannels",
+    "EnsureChannelsd",
+    "ResizeShorterSide",
+    "ResizeShorterSided",
+    "SaveArray",
+    "SaveArrayd",
+    "SavePNG",
+    "SavePNGd",
+]
