@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 # A DataLoader worker sends its exception home as text: the type is kept only for the outermost one.
-_IN_TEXT = re.compile(r"^\s*medgen\.errors\.UserError: (.+)$", re.MULTILINE)
+_IN_TEXT = re.compile(r"^\s*medgen\.[\w.]+Error: (.+)$", re.MULTILINE)
 
 
 def find_user_error(error: BaseException | None) -> str | None:

@@ -19,16 +19,17 @@ SCALES = 5  # Wang et al. 2003, section 3.2
 def ms_ssim_kernel_size(side: int) -> int:
     """Side of the Gaussian window that five scales leave room for.
 
-    11, as everywhere in the literature, where the image's shorter side is above 160 pixels; below, the largest odd
-    number whose window still fits into the image halved four times. Figures with different windows do not compare.
+    11, as everywhere in the literature, where the image's shorter side is 176 pixels or more; below, the largest odd
+    number that fits into the image halved four times. Figures with different windows do not compare.
 
     Raises:
-        UserError: below 33 pixels no window fits.
+        UserError: below 48 pixels no window fits.
     """
-    fitting = min(11, (side - 1) // 2 ** (SCALES - 1) + 1)
+    # MONAI's check is side // 16 >= window, stricter than the 160 that its message names
+    fitting = min(11, side // 2 ** (SCALES - 1))
     kernel_size = fitting if fitting % 2 else fitting - 1
     if kernel_size < 3:
-        raise UserError(f"MS-SSIM takes images of at least 33 pixels, got {side}; evaluate larger images")
+        raise UserError(f"MS-SSIM takes images of at least 48 pixels, got {side}; evaluate larger images")
     return kernel_size
 
 

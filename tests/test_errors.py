@@ -1,0 +1,62 @@
+"""One line for a person, whatever a framework wrapped around it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from medgen.errors import UserError, find_user_error
+
+
+def test_finds_the_message_below_what_the_framework_raised():
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise UserError("size must be 64, got 63")
+        except UserError as error:
+            raise RuntimeError("Failed to instantiate component") from error
+    assert find_user_error(caught.value) == "size must be 64, got 63"
+
+
+def test_finds_the_message_in_the_text_that_a_worker_process_sends():
+    text = (
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        "medgen.errors.UserError: a.png is 3 pixels wide\n\nThe above exception was the direct cause of\n"
+        "RuntimeError: applying transform"
+    )
+    assert find_user_error(RuntimeError(text)) == "a.png is 3 pixels wide"
+
+
+def test_a_subclass_is_found_in_a_workers_text_as_well():
+    text = "Original Traceback:\nmedgen.data.reader.UnreadableImageError: a.dcm is cut short\n"
+    assert find_user_error(RuntimeError(text)) == "a.dcm is cut short"
+
+
+def test_other_errors_are_not_taken_for_the_users():
+    assert find_user_error(KeyError("image")) is None
+
+
+SCRIPT = "from medgen.errors import *; one_line_errors()\ntry:\n  {raised}\nexcept Exception as e: raise RuntimeError('outer') from e"
+
+
+def run(raised: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(raised=raised)], capture_output=True, text=True, env=env or None
+    )
+
+
+def test_a_users_mistake_is_printed_as_one_line_with_status_1():
+    done = run("raise UserError('size must be 64')")
+    assert (done.returncode, done.stderr) == (1, "error: size must be 64\n")
+
+
+def test_other_errors_keep_their_traceback():
+    done = run("1 / 0")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_the_environment_brings_the_traceback_back():
+    assert "Traceback" in run("raise UserError('x')", MEDGEN_TRACEBACK="1").stderr
