@@ -14,9 +14,17 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+# make demo DATALIST=... DATASET_DIR=... runs it on your images; BUNDLE=... runs another bundle's
+BUNDLE ?= cxr_autoencoder_kl
+demo: $(VENV)/.installed
+	PYTHON=$(PY) OUT="$(OUT)" DATALIST="$(DATALIST)" DATASET_DIR="$(DATASET_DIR)" bundles/$(BUNDLE)/demo.sh
+
 test: $(VENV)/.installed
 	$(PY) -m pytest
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+bench: $(VENV)/.installed
+	@for benchmark in tests/benchmarks/bench_*.py; do echo "== $$benchmark"; $(PY) $$benchmark || exit 1; done
