@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import tempfile
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 
 from medgen.errors import UserError
 
-__all__ = ["atomic_write_text", "git_revision", "prepare_output_dir", "run_name"]
+__all__ = ["atomic_write_text", "git_revision", "prepare_output_dir", "run_name", "unique_name"]
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -52,9 +52,13 @@ def prepare_output_dir(output_dir: str | Path, resume: bool = True) -> Path:
     return folder
 
 
-@cache
-def run_name(output_dir: str, prefix: str, resume: bool = False) -> str:
-    """Name of the training run of an output folder: ``prefix-YYYYmmdd-HHMMSS``.
+def unique_name(prefix: str) -> str:
+    """``prefix-YYYYmmdd-HHMMSS-xxxx``: the jobs of a sweep start in the same second and share a tracker."""
+    return f"{prefix}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def run_name(output_dir: str | Path, prefix: str, resume: bool = False) -> str:
+    """Name of the training run of an output folder.
 
     The name is kept in ``output_dir/run.json``, so that a resumed training continues its own run in the tracker. MLflow
     would otherwise let a new training adopt any unfinished run of the experiment.
@@ -62,7 +66,7 @@ def run_name(output_dir: str, prefix: str, resume: bool = False) -> str:
     record = Path(output_dir) / "run.json"
     if resume and record.is_file():
         return json.loads(record.read_text(encoding="utf-8"))["run_name"]
-    name = f"{prefix}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = unique_name(prefix)
     if int(os.environ.get("RANK", "0")) == 0:
         atomic_write_text(record, json.dumps({"run_name": name}) + "\n")
     return name

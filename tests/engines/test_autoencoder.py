@@ -112,7 +112,8 @@ def test_discriminator_rests_until_the_warm_up_is_over():
     engine = trainer(given, max_epochs=2, adversarial_start_epoch=2)
     engine.run()
     assert same(before, given["discriminator"].state_dict())
-    assert "adversarial" not in engine.state.output
+    assert "loss" in engine.state.output[0]
+    assert "adversarial" not in engine.state.output[0]
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 7, 14])

@@ -25,7 +25,7 @@ class AutoencoderKLTrainer(GenerativeTrainer):
     chest radiographs: reconstruction + perceptual + KL + least-squares adversarial (no activation, targets 1 and 0).
     MONAI's AdversarialTrainer takes no KL term and no posterior, and stops at a generator that returns a tuple.
 
-    ``state.output`` holds detached scalars: ``loss`` (of the generator, all terms), ``reconstruction``, ``perceptual``,
+    ``state.output[0]`` holds detached scalars: ``loss`` (of the generator, all terms), ``reconstruction``, ``perceptual``,
     ``kl`` (nats per image), ``adversarial`` and ``discriminator``, all unweighted but ``loss``; and ``image``, ``pred``.
 
     Args:
@@ -103,7 +103,7 @@ class AutoencoderKLTrainer(GenerativeTrainer):
             train_handlers=train_handlers,
         )
 
-    def _iteration(self, engine: AutoencoderKLTrainer, batchdata: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _iteration(self, engine: AutoencoderKLTrainer, batchdata: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
         image, _ = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
         # batches carry MONAI's metadata; in the network it would only cost time
         image = image.as_tensor() if hasattr(image, "as_tensor") else image
@@ -132,7 +132,8 @@ class AutoencoderKLTrainer(GenerativeTrainer):
         if adversarial:
             terms["discriminator"] = self._train_discriminator(image, reconstruction.detach())
         scalars = {name: term.detach() for name, term in terms.items()}
-        return {Keys.IMAGE: image, Keys.PRED: reconstruction.detach(), Keys.LOSS: loss.detach(), **scalars}
+        # a list, as of MONAI's own trainers after decollating: its loggers read the first entry
+        return [{Keys.IMAGE: image, Keys.PRED: reconstruction.detach(), Keys.LOSS: loss.detach(), **scalars}]
 
     def _noise(self, image: torch.Tensor) -> torch.Tensor:
         network = unwrap(self.autoencoder).network

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -17,9 +18,9 @@ __all__ = ["TrainingProgress", "scalars"]
 logger = logging.getLogger(__name__)
 
 
-def scalars(output: dict) -> dict[str, float]:
-    """The scalar entries of an engine's output as floats: what loggers take."""
-    return {k: float(v) for k, v in output.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
+def scalars(output: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The scalars of a trainer's output, a list with one dictionary, as floats: what loggers take."""
+    return {k: float(v) for k, v in output[0].items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
 
 
 class TrainingProgress:
@@ -80,7 +81,8 @@ class TrainingProgress:
         if now - self._shown < (0.5 if self.bar is not None else self.log_seconds) and not last:
             return
         engine.state.images_per_second = self._images / max(self._busy, 1e-9)
-        losses = " ".join(f"{k} {float(engine.state.output[k]):.4g}" for k in self.keys if k in engine.state.output)
+        output = engine.state.output[0]
+        losses = " ".join(f"{k} {float(output[k]):.4g}" for k in self.keys if k in output)
         speed = f"{engine.state.images_per_second:.1f} img/s"
         if self.bar is not None:
             self.bar.set_description(f"epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False)

@@ -1,0 +1,683 @@
+"""Images of any format to PNGs of one size, in parallel and restartable: what every dataset's command shares."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from tqdm import tqdm
+
+from medgen.data.datalist import file_stem, write_datalist
+from medgen.data.reader import UnreadableImageError, read_frames
+from medgen.errors import UserError
+from medgen.output import atomic_write_text
+
+__all__ = [
+    "Channels",
+    "Fit",
+    "Job",
+    "Outcome",
+    "Settings",
+    "convert",
+    "convert_file",
+    "finish",
+    "main",
+    "make_jobs",
+    "new_app",
+    "one_line",
+    "prepare_target",
+    "render",
+]
+
+SMALLEST, LARGEST = 16, 8192  # pixels
+LONGEST = 8  # sides 1:8 and beyond are strips and scanner bars; with --fit shorter they would fill the memory
+# On filtered rows of radiographs and photographs zlib's run-length strategy gives files a little smaller than Pillow's
+# default does, in a sixth of its time; compression is most of the work of this command.
+PNG_OPTIONS = {"compress_level": 6, "compress_type": zlib.Z_RLE}
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
+JOURNAL = ".journal.jsonl"
+JOURNAL_VERSION = 1
+INTERRUPTED = 130  # exit code, as of a shell
+PARTS = ".parts"  # unfinished PNGs; on the target's own disk, so that moving one into place is a single step
+
+
+class Fit(StrEnum):
+    """How an image that is not square meets the size."""
+
+    shorter = "shorter"  # shorter side = size, all of the image is kept
+    pad = "pad"  # longer side = size, black borders make it square
+    crop = "crop"  # shorter side = size, the centre square is kept
+
+
+class Channels(StrEnum):
+    """Colours of the PNGs."""
+
+    grey = "grey"
+    rgb = "rgb"
+    keep = "keep"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the pixels of the PNGs; a target folder holds images of one setting only."""
+
+    dataset: str
+    size: int = 512  # pixels
+    fit: str = Fit.shorter
+    bits: int = 8
+    channels: str = Channels.keep
+    window: tuple[float, float] | None = None  # centre, width in the image's own units
+
+
+@dataclass(frozen=True)
+class Job:
+    """One source file.
+
+    Attributes:
+        path: where it lies.
+        file: its name in journal, datalist and rejected.csv: relative to the source.
+        stem: path of its PNG below ``TARGET/images`` without ``.png``.
+    """
+
+    path: str
+    file: str
+    stem: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one source file.
+
+    Attributes:
+        file: as in :class:`Job`.
+        images: the PNGs written, relative to the target.
+        reason: why the file, or a part of it, was rejected; empty if all was written.
+        patient: DICOM PatientID, if the file says.
+        modality: DICOM Modality; empty if the file does not say.
+        view: DICOM ViewPosition; empty if the file does not say.
+        colour: whether the PNGs have three channels.
+        final: False if trying again may help (a disk error, too little memory).
+        key: size and time of change of the source, which tell whether it is still the same; None if it has gone.
+        bytes: size of each PNG.
+    """
+
+    file: str
+    images: tuple[str, ...] = ()
+    reason: str = ""
+    patient: str | None = None
+    modality: str = ""
+    view: str = ""
+    colour: bool = False
+    final: bool = True
+    key: tuple[int, int] | None = None
+    bytes: tuple[int, ...] = ()
+
+
+class _RejectedError(Exception):
+    """A picture that cannot be used; the message is the reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one file
+
+
+def render(pixels: np.ndarray, settings: Settings) -> Image.Image:
+    """Bring one picture to the size, number of channels and bit depth of the PNGs.
+
+    Resampling is Pillow's BICUBIC on 32-bit float planes: it widens its kernel when shrinking, so fine texture does not
+    alias; 16-bit input keeps its precision; and it rings less around burnt-in markers than LANCZOS. Values pass
+    unchanged when the size fits already.
+
+    Args:
+        pixels: (H, W) grey or (H, W, 3) colour, in [0, 1].
+        settings: size, fit, channels and bits.
+
+    Returns:
+        Image of mode ``L``, ``I;16`` or ``RGB``; colour is always 8 bits per channel (PNGs by Pillow know no more).
+
+    Raises:
+        _RejectedError: if the picture is constant, not finite, or a strip; the message is the reason.
+    """
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise _RejectedError("some pixels are not finite (NaN or infinity)")
+    if low == high:
+        raise _RejectedError("all pixels have the same value")
+    height, width = pixels.shape[:2]
+    shorter, longer = sorted((width, height))
+    if settings.fit == Fit.shorter and longer > LONGEST * shorter:
+        raise _RejectedError(f"too long and narrow, {width}×{height} (at most 1:{LONGEST} with --fit shorter)")
+
+    if pixels.ndim == 3 and settings.channels == Channels.grey:
+        pixels = pixels @ LUMA
+    planes = [pixels] if pixels.ndim == 2 else [pixels[..., c] for c in range(3)]
+    size, box = settings.size, None
+    if settings.fit == Fit.crop:
+        left, top = (width - shorter) // 2, (height - shorter) // 2
+        box, shape = (left, top, left + shorter, top + shorter), (size, size)
+    else:
+        scale = size / (longer if settings.fit == Fit.pad else shorter)
+        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+    wide = settings.bits == 16 and len(planes) == 1 and settings.channels != Channels.rgb
+    planes = [_quantise(_resize(plane, shape, box), wide) for plane in planes]
+    if all(plane.min() == plane.max() for plane in planes):
+        raise _RejectedError("all pixels have the same value in the PNG")
+
+    if settings.fit == Fit.pad:
+        left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
+        borders = ((top, size - shape[1] - top), (left, size - shape[0] - left))
+        planes = [np.pad(plane, borders) for plane in planes]
+    if settings.channels == Channels.rgb and len(planes) == 1:
+        planes *= 3
+    return Image.fromarray(planes[0] if len(planes) == 1 else np.stack(planes, axis=-1))
+
+
+def _resize(plane: np.ndarray, shape: tuple[int, int], box: tuple[int, int, int, int] | None) -> np.ndarray:
+    """(H, W) float32 to ``shape`` (width, height); ``box`` is the part used: left, top, right, bottom."""
+    if box is not None and box[2:] == shape:
+        plane = plane[box[1] : box[3], box[0] : box[2]]
+        box = None
+    if box is None and plane.shape == shape[::-1]:
+        return plane
+    image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
+    return np.asarray(image.resize(shape, Image.Resampling.BICUBIC, box=box))
+
+
+def _quantise(plane: np.ndarray, wide: bool) -> np.ndarray:
+    """[0, 1] to 0..255, or 0..65535 if ``wide``, rounded to the nearest."""
+    top = 65535 if wide else 255
+    scaled = np.multiply(plane, top, dtype=np.float32)
+    scaled += 0.5
+    return np.clip(scaled, 0, top, out=scaled).astype(np.uint16 if wide else np.uint8)
+
+
+def convert_file(job: Job, settings: Settings, target: str) -> Outcome:
+    """Read one file and write its PNGs, each whole or not at all.
+
+    Args:
+        job: the file.
+        settings: how the PNGs shall look.
+        target: folder of the converted dataset.
+
+    Returns:
+        What became of it; a file that cannot be used is an outcome, too.
+
+    Raises:
+        UserError: if a PNG cannot be written. That stops the run: a full disk is no fault of the image.
+    """
+    key = _key(job.path)  # before reading: a file that changes meanwhile is converted again next time
+    reject = partial(Outcome, job.file, key=key)
+    try:
+        frames = read_frames(job.path, window=settings.window)
+    except UnreadableImageError as error:
+        return reject(reason=one_line(error))
+    except MemoryError:
+        return reject(reason="too large for the memory; try fewer --workers", final=False)
+    except OSError as error:
+        return reject(reason=one_line(error.strerror or error), final=False)
+    except Exception as error:  # one odd file among 100,000 must not stop the rest
+        return reject(reason=f"{type(error).__name__}: {one_line(error)}")
+
+    written: list[str] = []
+    sizes: list[int] = []
+    refused: dict[str, list[int]] = {}
+    colour = False
+    for frame in frames:
+        stem = job.stem if len(frames) == 1 else f"{job.stem}.frame{frame.index:04d}"
+        try:
+            image = render(frame.pixels, settings)
+        except _RejectedError as error:
+            refused.setdefault(str(error), []).append(frame.index)
+            continue
+        written.append(f"images/{stem}.png")
+        sizes.append(_write_png(image, Path(target, written[-1]), Path(target, PARTS)))
+        colour = image.mode == "RGB"
+    reason = "; ".join(refused)
+    if written and refused:
+        reason = "; ".join(
+            f"{len(numbers)} of {len(frames)} frames left out (numbers {_ranges(numbers)}): {why}"
+            for why, numbers in refused.items()
+        )
+    first = frames[0]
+    return Outcome(
+        file=job.file,
+        images=tuple(written),
+        reason=reason,
+        patient=first.patient or None,
+        modality=first.modality,
+        view=first.meta.get("view_position", ""),
+        colour=colour,
+        key=key,
+        bytes=tuple(sizes),
+    )
+
+
+def _write_png(image: Image.Image, path: Path, parts: Path) -> int:
+    part = parts / f"{os.getpid()}.png"
+    try:
+        image.save(part, **PNG_OPTIONS)
+        size = part.stat().st_size
+        try:
+            os.replace(part, path)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); mend that and run the same command again"
+        ) from error
+    return size
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 7 as "0-2, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def one_line(text: object) -> str:
+    """A message without line breaks, short enough for a cell of a table."""
+    return " ".join(str(text).split())[:300] or "no reason given"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names
+
+
+def make_jobs(source: Path, files: Iterable[str], names: Iterable[str] | None = None) -> list[Job]:
+    """Name the PNGs of source files so that no two files share a name, on file systems that ignore case, too.
+
+    ``a/b.jpg`` becomes ``images/a/b.png``; frames of a file become ``images/a/b.frame0000.png`` and so on. Where two
+    files would meet (``b.jpg`` beside ``b.dcm``), both keep their suffix: ``b.jpg.png``, ``b.dcm.png``.
+
+    Args:
+        source: root of the files.
+        files: paths relative to it, as :func:`medgen.data.datalist.list_files` gives them.
+        names: what the PNGs are named after; default: ``files``.
+    """
+    files = list(files)
+    shown = [_printable(file) for file in files]
+    names = shown if names is None else [_printable(name) for name in names]
+    short = [name[: len(name) - len(_base(name))] + file_stem(name) for name in names]
+    times = Counter(name.casefold() for name in short)
+    # ".frame0000" is how frames are told apart: a file of that name keeps its suffix
+    stems = [
+        full if times[name.casefold()] > 1 or re.search(r"\.frame\d+$", name, re.IGNORECASE) else name
+        for name, full in zip(short, names, strict=True)
+    ]
+    times = Counter(stem.casefold() for stem in stems)
+    for number, stem in enumerate(stems):
+        if times[stem.casefold()] > 1 or len(_base(stem).encode()) > 200:
+            folder, base = stem[: len(stem) - len(_base(stem))], _base(stem)
+            digest = hashlib.sha256(shown[number].encode()).hexdigest()[:12]
+            stems[number] = f"{folder}{base.encode()[:180].decode(errors='ignore')}-{digest}"
+    return [Job(str(source / file), name, stem) for file, name, stem in zip(files, shown, stems, strict=True)]
+
+
+def _printable(name: str) -> str:
+    """A file name that is no UTF-8 in a form that can stand in JSON."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _base(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the journal: one line of settings, then one line for each file that is finished
+
+
+def prepare_target(source: Path, target: Path, settings: Settings) -> None:
+    """Make the target folder, or see that it was begun by the same command.
+
+    Raises:
+        UserError: if the target lies inside the source, cannot be written to, was made with other settings, or holds
+            files that no such command made.
+    """
+    source, target = source.resolve(), target.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target / "images"):
+        raise UserError(f"--target must lie outside of --source {source}, got {target}; choose another folder")
+    journal = target / JOURNAL
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+        head = {"version": JOURNAL_VERSION, "source": str(source), **asdict(settings)}
+        head = json.loads(json.dumps(head))
+        if not journal.exists():
+            foreign = [name for name in ("images", "datalist.json") if (target / name).exists()]
+            if foreign:
+                raise UserError(
+                    f"--target must be empty or begun by this command, got {target} with {' and '.join(foreign)} "
+                    "of another origin; choose another folder"
+                )
+            atomic_write_text(journal, json.dumps(head) + "\n")
+        with open(journal, encoding="utf-8") as file:
+            before = _parsed(file.readline()) or {}
+    except OSError as error:
+        raise UserError(
+            f"--target must be a folder that can be written to, got {target} ({error.strerror or error})"
+        ) from error
+    other = [name for name in head if before.get(name) != head[name]]
+    if other:
+        told = ", ".join(f"{name} {_told(before.get(name))} (now {_told(head[name])})" for name in other)
+        raise UserError(f"{target} was made with other settings: {told}; choose another --target or delete it")
+    shutil.rmtree(target / PARTS, ignore_errors=True)
+    for folder in (target / PARTS, target / "images"):
+        folder.mkdir(exist_ok=True)
+
+
+def _told(value: Any) -> str:
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else "none" if value is None else str(value)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _key(path: str | Path) -> tuple[int, int] | None:
+    """Size and time of change of a file; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _holds(outcome: Outcome, path: str, target: Path) -> bool:
+    """Whether the source is still the one that was converted, and its PNGs still what was written."""
+    if outcome.key is None or _key(path) != outcome.key:
+        return False
+    found = [_key(target / image) for image in outcome.images]
+    return [status and status[0] for status in found] == list(outcome.bytes)
+
+
+def _finished(jobs: Sequence[Job], target: Path) -> dict[str, Outcome]:
+    """Outcomes of an earlier run that still hold; PNGs of those that do not are removed, the journal is tidied."""
+    by_file = {job.file: job for job in jobs}
+    kept: dict[str, tuple[Outcome, str]] = {}
+    stale: set[str] = set()
+    with open(target / JOURNAL, encoding="utf-8") as file:
+        head = file.readline()
+        for line in file:
+            entry = _parsed(line)
+            if entry is None or "file" not in entry:
+                continue
+            stem = entry.pop("stem")
+            # JSON has no tuples
+            outcome = Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+            job = by_file.get(outcome.file)
+            if job is not None and job.stem == stem and _holds(outcome, job.path, target):
+                kept[outcome.file] = outcome, line
+            elif job is not None:
+                stale.update(outcome.images)
+    # a changed file may have fewer frames now: what it left must not be taken for an image of the dataset
+    for image in stale.difference(*(outcome.images for outcome, _ in kept.values())):
+        (target / image).unlink(missing_ok=True)
+    atomic_write_text(target / JOURNAL, head + "".join(line for _, line in kept.values()))
+    return {file: outcome for file, (outcome, _) in kept.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many files
+
+
+def convert(jobs: Sequence[Job], settings: Settings, target: Path, workers: int) -> dict[str, Outcome]:
+    """Convert files with a pool of processes; those that an earlier run finished are passed over.
+
+    Args:
+        jobs: the files.
+        settings: how the PNGs shall look; the target must have been prepared for them.
+        target: folder of the converted dataset.
+        workers: processes.
+
+    Returns:
+        Outcome per file, in the order of ``jobs`` whatever the number of workers.
+
+    Raises:
+        UserError: if the target cannot be written to any more.
+        KeyboardInterrupt: after the files at work are finished; every PNG is whole then.
+    """
+    outcomes = _finished(jobs, target)
+    todo = [job for job in jobs if job.file not in outcomes]
+    stems = {job.file: job.stem for job in todo}
+    slow_log = not sys.stderr.isatty()
+    with (
+        open(target / JOURNAL, "a", encoding="utf-8", buffering=1) as journal,
+        tqdm(
+            total=len(jobs), initial=len(outcomes), unit="file", desc="converting", mininterval=15 if slow_log else 0.2
+        ) as bar,
+    ):
+
+        def record(outcome: Outcome) -> None:
+            outcomes[outcome.file] = outcome
+            if outcome.final:
+                journal.write(json.dumps({"stem": stems[outcome.file], **asdict(outcome)}) + "\n")
+            bar.update()
+
+        if todo:
+            _pool(todo, settings, str(target), workers, record)
+    return {job.file: outcomes[job.file] for job in jobs}
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches every process of the terminal; only the first one may act on it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)  # decoders' remarks would tear the progress bar
+    # a killed parent cannot end its workers, and they would wait for the next file for ever
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _convert_chunk(jobs: Sequence[Job], settings: Settings, target: str) -> list[Outcome]:
+    return [convert_file(job, settings, target) for job in jobs]
+
+
+def _new_pool(workers: int) -> ProcessPoolExecutor:
+    # spawn: the parent may have threads (a notebook, a decoder), which a fork would leave behind locked
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+
+
+def _pool(
+    todo: Sequence[Job], settings: Settings, target: str, workers: int, record: Callable[[Outcome], None]
+) -> None:
+    """Convert files in processes, even if there is one only: a decoder that crashes must not take the run with it."""
+    length = max(1, min(8, len(todo) // (4 * workers)))
+    waiting = deque(todo[start : start + length] for start in range(0, len(todo), length))
+    while waiting:
+        running = {}
+        pool = _new_pool(min(workers, len(waiting)))
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2 * workers:
+                    future = pool.submit(_convert_chunk, waiting[0], settings, target)
+                    running[future] = waiting.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    outcomes = future.result()
+                    del running[future]
+                    for outcome in outcomes:
+                        record(outcome)
+        except BrokenProcessPool:
+            _one_by_one([job for chunk in running.values() for job in chunk], settings, target, record)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _one_by_one(suspects: Sequence[Job], settings: Settings, target: str, record: Callable[[Outcome], None]) -> None:
+    """Find the file that ended a process: each is tried alone, and the rest goes on."""
+    pool = _new_pool(1)
+    try:
+        for job in suspects:
+            try:
+                outcome = pool.submit(convert_file, job, settings, target).result()
+            except BrokenProcessPool:
+                outcome = Outcome(
+                    job.file,
+                    reason="its decoder crashed or was killed (damaged file, or too little memory)",
+                    final=False,
+                )
+                pool.shutdown()
+                pool = _new_pool(1)
+            record(outcome)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def finish(
+    target: Path,
+    name: str,
+    modality: str,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    rejected: Mapping[str, str],
+    **extra: Any,
+) -> int:
+    """Write ``rejected.csv`` and ``datalist.json`` and say so.
+
+    Args:
+        target: folder of the converted dataset.
+        name: dataset's name.
+        modality: dataset's modality.
+        splits: items per split.
+        rejected: reason per file, in the order of the CSV.
+        extra: other top-level keys of the datalist.
+
+    Returns:
+        The exit code: 0, or 3 if something was rejected.
+
+    Raises:
+        UserError: if there is no image at all.
+    """
+    shutil.rmtree(target / PARTS, ignore_errors=True)
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["file", "reason"])
+    rows.writerows(rejected.items())
+    reasons = target / "rejected.csv"
+    atomic_write_text(reasons, table.getvalue())
+    images = sum(len(items) for items in splits.values())
+    if images == 0:
+        raise UserError(f"no image could be written, all {len(rejected)} files were rejected; see {reasons}")
+    write_datalist(target / "datalist.json", name, modality, splits, **extra)
+    for split, items in splits.items():
+        print(f"{split}: {len(items)} images of {len({item['patient'] for item in items})} patients")
+    empty = [split for split, items in splits.items() if not items]
+    if empty:
+        print(f"note: {' and '.join(empty)} empty: there are fewer patients than splits", file=sys.stderr)
+    why = f" (reasons: {reasons})" if rejected else ""
+    print(
+        f"wrote {images} images, rejected {len(rejected)} files{why}; datalist: {target / 'datalist.json'}", flush=True
+    )
+    return 3 if rejected else 0
+
+
+def new_app(command: Callable[..., int], description: str) -> typer.Typer:
+    """A typer application of one command, whose help is the description; its tables are kept as they are."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    paragraphs = description.replace("``", "").split("\n\n")
+    # a backspace in front tells click not to fill the paragraph
+    app.command(help="\n\n".join(f"\b\n{p}" if p.lstrip().startswith("===") else p for p in paragraphs))(command)
+    return app
+
+
+def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
+    """Run a command; mistakes are one line ``error: …`` on stderr.
+
+    Args:
+        app: the command.
+        arguments: default: the command line.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        code = app(args=arguments, standalone_mode=False) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        # typer's usage errors share no public base class across its versions; all of them can say what is wrong
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {one_line(error.format_message())} (--help lists the options)", file=sys.stderr)
+        return 2
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code, or into an exception, depending on its version
+        print("error: interrupted; the same command again goes on from here", file=sys.stderr)
+    return code
+
+
+def _two_depths(bits: int) -> int:
+    if bits not in (8, 16):
+        raise typer.BadParameter(f"expected 8 or 16, got {bits}")
+    return bits
+
+
+def _default_workers() -> int:
+    # not cpu_count(): a container or SLURM job owns some of the machine's cores only
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# options that mean the same in every command
+Source = Annotated[Path, typer.Option(help="Folder with the dataset as it was published.", show_default=False)]
+Target = Annotated[Path, typer.Option(help="Folder to write; the same again continues.", show_default=False)]
+Size = Annotated[int, typer.Option(min=SMALLEST, max=LARGEST, help="Side of the PNGs in pixels; see --fit.")]
+FitOption = Annotated[
+    Fit,
+    typer.Option(
+        help="shorter: shorter side = size, aspect ratio kept; "
+        "pad: longer side = size, black borders make it square; crop: shorter side = size, centre square."
+    ),
+]
+Bits = Annotated[int, typer.Option(callback=_two_depths, help="Bits per pixel of grey PNGs, 8 or 16.")]
+SplitOption = Annotated[
+    tuple[float, float, float],
+    typer.Option(metavar="TRAIN VAL TEST", help="Shares of the images; patients are never divided."),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes; default: the cores this process may use.")]
+Seed = Annotated[int, typer.Option(help="Seed of the split.")]
+DEFAULT_WORKERS = _default_workers()
+DEFAULT_SPLIT = (0.8, 0.1, 0.1)

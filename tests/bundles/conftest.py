@@ -1,0 +1,86 @@
+"""A dataset small enough to train a bundle in seconds, and workflows that do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medgen.data import write_datalist
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_as_before() -> Iterator[None]:
+    """Running a bundle changes the process: its hook for errors, its import path, its determinism."""
+    from monai.utils import set_determinism
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        patch.setattr(sys, "path", list(sys.path))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # it would win over the bundle's own
+        yield
+    set_determinism(seed=None)
+
+
+@pytest.fixture(scope="session")
+def datalist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight grey 64×64 PNGs of as many patients, with the optional fields of a datalist as well."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    row, column = np.mgrid[:SIDE, :SIDE] / SIDE
+    splits: dict[str, list[dict[str, Any]]] = {}
+    number = 0
+    for split, count in {"training": 4, "validation": 2, "test": 2}.items():
+        splits[split] = []
+        for _ in range(count):
+            centre_row, centre_column, radius = random.uniform((0.3, 0.3, 0.1), (0.7, 0.7, 0.3))
+            disc = (row - centre_row) ** 2 + (column - centre_column) ** 2 < radius**2
+            grey = 60 + 120 * disc + random.normal(0, 8, disc.shape)
+            Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).save(folder / f"image{number}.png")
+            Image.fromarray(255 * disc.astype(np.uint8)).save(folder / f"mask{number}.png")
+            item = {"image": f"image{number}.png", "patient": f"p{number}"}
+            item |= {"label": number % 2, "text": "A disc.", "mask": f"mask{number}.png"}
+            splits[split].append(item)
+            number += 1
+    write_datalist(folder / "datalist.json", "discs", "X-ray", splits)
+    return folder / "datalist.json"
+
+
+@pytest.fixture(scope="session")
+def workflow(datalist: Path) -> Callable[..., Any]:
+    """Factory of workflows: ``workflow(bundle, "train", output_dir, tracking=..., **overrides)``.
+
+    Where the bundle has a demo overlay it is laid over the config: its network is small enough for a CPU.
+    """
+    from monai.bundle import ConfigParser, ConfigWorkflow
+
+    def make(bundle: Path, config: str, output_dir: Path, tracking: Any = None, **overrides: Any) -> ConfigWorkflow:
+        config_file = [str(bundle / "configs" / f"{config}.json"), str(bundle / "configs" / "demo.json")]
+        ids = ConfigParser.load_config_files(config_file)
+        short = {"max_epochs": 2, "max_images": 8, "val_interval": 1}
+        settings = {
+            "bundle_root": str(bundle),
+            "datalist": str(datalist),
+            "output_dir": str(output_dir),
+            "model_path": str(output_dir / "models" / "model.pt"),
+            "num_workers": 0,
+            "batch_size": 2,
+            **{name: value for name, value in short.items() if name in ids},
+            **overrides,
+        }
+        return ConfigWorkflow(
+            config_file,
+            logging_file=False,  # it would take pytest's handlers off
+            tracking=tracking,
+            workflow_type="train" if config == "train" else "infer",
+            **settings,
+        )
+
+    return make

@@ -1,0 +1,230 @@
+"""The autoencoder bundle as its users run it: killed, distributed, and with their mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medgen.errors import find_user_error
+
+BUNDLE = Path(__file__).parents[2] / "bundles" / "cxr_autoencoder_kl"
+TRAIN = ["configs/train.json", "configs/demo.json"]
+
+
+def command(config_file: list[str], output_dir: Path, **overrides: object) -> list[str]:
+    settings = {"output_dir": output_dir, "model_path": output_dir / "model.pt", "num_workers": 0, **overrides}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return ["-m", "monai.bundle", "run", "--config_file", str(config_file), *options]
+
+
+def start(arguments: list[str], *launcher: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        cwd=BUNDLE,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # killed together with its worker processes
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def state(output_dir: Path) -> dict:
+    return torch.load(output_dir / "checkpoints" / "last.pt", weights_only=True)
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    first, second = state(a), state(b)
+    assert (first["iteration"], first["images_seen"]) == (second["iteration"], second["images_seen"])
+    for part in ("network", "discriminator"):
+        weights = first["components"][part], second["components"][part]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    best = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+@pytest.mark.slow(reason="starts four trainings as processes of their own; importing MONAI alone takes seconds in each")
+def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_weights(datalist, tmp_path):
+    settings = {"datalist": datalist, "batch_size": 2, "max_epochs": 6, "val_interval": 2, "checkpoint_interval": 1}
+    settings |= {"adversarial_start_epoch": 2, "ema_decay": 0.9, "resume": "true", "num_workers": 1}
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    running = start(command(TRAIN, undisturbed, **settings))
+    rng, kills = random.Random(), 0
+    while kills < 2:
+        process = start(command(TRAIN, killed, **settings))
+        checkpoint = killed / "checkpoints" / "last.pt"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills > 0
+    assert "resumed from" in finish(start(command(TRAIN, killed, **settings)))
+    finish(running)
+    assert state(undisturbed)["epoch"] == 6
+    assert_same_training(undisturbed, killed)
+
+
+@pytest.mark.slow(reason="starts three trainings of two processes each under torchrun")
+def test_two_processes_train_one_network_and_resume_it(datalist, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    config_file = [*TRAIN, "configs/multi_gpu_train.json"]
+    settings = {"datalist": datalist, "batch_size": 1, "val_interval": 1, "adversarial_start_epoch": 0}
+    straight, paused = tmp_path / "straight", tmp_path / "paused"
+    output = finish(start(command(config_file, straight, max_epochs=2, **settings), *torchrun))
+    assert output.count("best model so far") >= 1
+    assert "2 process(es)" in output
+    finish(start(command(config_file, paused, max_epochs=1, **settings), *torchrun))
+    finish(start(command(config_file, paused, max_epochs=2, resume="true", **settings), *torchrun))
+    assert state(straight)["images_seen"] == 8  # two epochs of the four training images, shared by the processes
+    assert_same_training(straight, paused)
+    assert not any(name.startswith("module.") for name in torch.load(straight / "model.pt", weights_only=True))
+
+
+def spoil(datalist: Path, folder: Path, change) -> Path:
+    """A copy of the data with one mistake in it."""
+    shutil.copytree(datalist.parent, folder)
+    content = json.loads((folder / "datalist.json").read_text())
+    change(content, folder)
+    (folder / "datalist.json").write_text(json.dumps(content))
+    return folder / "datalist.json"
+
+
+def share_patient(content, folder):
+    content["test"][0]["patient"] = content["training"][0]["patient"]
+
+
+def empty_split(content, folder):
+    content["training"] = []
+
+
+def lose_file(content, folder):
+    (folder / content["training"][0]["image"]).unlink()
+
+
+def shrink(content, folder):
+    for item in content["training"]:
+        Image.open(folder / item["image"]).resize((40, 48)).save(folder / item["image"])
+
+
+def colour(content, folder):
+    for item in content["training"]:
+        pixels = np.asarray(Image.open(folder / item["image"]))
+        Image.fromarray(np.stack([pixels, pixels // 2, pixels], -1)).save(folder / item["image"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (share_patient, r"patient p0 .*training.*test"),
+        (empty_split, r"training.*empty|no .*training"),
+        (lose_file, r"image0\.png"),
+        (shrink, r"48×40 pixels .*smaller than the crop of 64×64; preprocess with --size 64"),
+        (colour, r"expected 1 channel\(s\), got 3"),
+    ],
+)
+def test_mistakes_in_the_data_are_one_line(change, message, num_workers, datalist, workflow, tmp_path):
+    spoiled = spoil(datalist, tmp_path / "data", change)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(workflow(BUNDLE, "train", tmp_path / "out", datalist=str(spoiled), num_workers=num_workers, cache_rate=0))
+    assert_one_line(caught.value, message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"datalist": "absent.json"}, r"absent\.json.*preprocessing\.images"),
+        ({"batch_size": 100}, r"takes 100 images .* holds 4; lower --batch_size"),
+        ({"perceptual_weight": 0.002, "perceptual_weights": "absent.pth"}, r"absent\.pth.*--perceptual_weight 0"),
+        ({"output_dir": "{file}/out"}, r"output_dir must be a folder that can be written to.*--output_dir"),
+        ({"network_def#channels": [32, 32]}, None),
+    ],
+)
+def test_mistakes_in_the_settings_are_one_line(overrides, message, workflow, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    overrides = {k: v.format(file=tmp_path / "file") if isinstance(v, str) else v for k, v in overrides.items()}
+    if message is None:  # another architecture than the checkpoint's
+        run(workflow(BUNDLE, "train", tmp_path / "out", max_epochs=1))
+        overrides, message = {"resume": True, "channels": [32, 32, 32, 32]}, "belongs to another architecture"
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        output_dir = Path(overrides.pop("output_dir", tmp_path / "out"))
+        run(workflow(BUNDLE, "train", output_dir, **overrides))
+    assert_one_line(caught.value, message)
+
+
+def test_a_second_training_does_not_overwrite_the_first(workflow, tmp_path):
+    run(workflow(BUNDLE, "train", tmp_path / "out", max_epochs=1))
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(workflow(BUNDLE, "train", tmp_path / "out", max_epochs=1))
+    assert_one_line(caught.value, "--resume true, or choose another --output_dir")
+
+
+def test_evaluation_without_weights_says_what_to_do(workflow, tmp_path):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(workflow(BUNDLE, "evaluate", tmp_path / "out"))
+    assert_one_line(caught.value, "train the bundle first, or name a file with --model_path")
+
+
+def test_command_prints_the_one_line_and_no_traceback(tmp_path):
+    process = start(command(TRAIN, tmp_path / "out", datalist="absent.json"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert output.strip().splitlines()[-1].startswith("error: ")
+
+
+def run(workflow) -> None:
+    workflow.initialize()
+    workflow.run()
+
+
+def assert_one_line(error: BaseException, message: str) -> None:
+    import re
+
+    line = find_user_error(error)
+    assert line is not None, repr(error)
+    assert "\n" not in line
+    assert re.search(message, line), line
+
+
+def test_reconstructions_and_latents_of_a_folder_are_written_upright(datalist, workflow, tmp_path):
+    run(workflow(BUNDLE, "train", tmp_path, max_epochs=1))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    pixels = np.zeros((80, 100), np.uint8)
+    pixels[:40, :50] = 200  # the upper left quarter
+    Image.fromarray(pixels).save(pictures / "quarter.png")
+    run(workflow(BUNDLE, "inference", tmp_path, input_dir=str(pictures), image_size=64))
+    reconstruction = np.asarray(Image.open(tmp_path / "reconstructions" / "quarter.png")).astype(float)
+    mean, std = (np.load(tmp_path / "latents" / f"quarter_{name}.npy") for name in ("mean", "std"))
+    assert reconstruction.shape == (64, 64)
+    assert reconstruction[8:24, 8:24].mean() > max(
+        reconstruction[8:24, 40:].mean(), reconstruction[40:, 8:24].mean(), reconstruction[40:, 40:].mean()
+    )
+    assert mean.shape == std.shape == (3, 8, 8)
+    assert (std > 0).all()

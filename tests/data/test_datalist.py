@@ -1,0 +1,339 @@
+"""Datalists: splits by patient, checks, loading, folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from itertools import product
+
+import pytest
+
+from medgen.data import (
+    datalist_hash,
+    items_from_folder,
+    load_datalist,
+    split_by_patient,
+    validate_datalist,
+    write_datalist,
+)
+from medgen.data.datalist import file_stem, list_files, natural_key
+from medgen.errors import UserError
+
+
+def _items(images_per_patient):
+    return [
+        {"image": f"p{p}/{n}.png", "patient": f"p{p}"}
+        for p, count in enumerate(images_per_patient)
+        for n in range(count)
+    ]
+
+
+def _one(image="a.png", patient="1", **more):
+    return {"image": image, "patient": patient, **more}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# split_by_patient
+
+
+def test_no_patient_stands_in_two_splits_and_no_image_is_lost():
+    items = _items(random.Random(1).choices(range(1, 30), k=100))
+
+    splits = split_by_patient(items, seed=3)
+
+    homes = Counter(patient for part in splits.values() for patient in {item["patient"] for item in part})
+    assert set(homes.values()) == {1}
+    assert sorted(item["image"] for part in splits.values() for item in part) == sorted(item["image"] for item in items)
+
+
+def test_split_does_not_depend_on_input_order_but_on_the_seed():
+    items = _items([1, 2, 3] * 20)
+    shuffled = random.Random(0).sample(items, len(items))
+
+    assert split_by_patient(items, seed=5) == split_by_patient(shuffled, seed=5)
+    assert split_by_patient(items, seed=5) != split_by_patient(items, seed=6)
+
+
+def test_fractions_are_met_exactly_when_patients_have_one_image():
+    splits = split_by_patient(_items([1] * 200), {"training": 0.7, "validation": 0.1, "test": 0.2}, seed=1)
+
+    assert {name: len(part) for name, part in splits.items()} == {"training": 140, "validation": 20, "test": 40}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fractions_are_met_within_one_image_when_many_patients_differ_in_size(seed):
+    items = _items(random.Random(seed).choices([1, 1, 2, 3, 8, 40], k=120))
+
+    splits = split_by_patient(items, seed=seed)
+
+    for name, share in {"training": 0.8, "validation": 0.1, "test": 0.1}.items():
+        assert abs(len(splits[name]) - share * len(items)) <= 1
+
+
+def test_few_patients_are_split_nearly_as_well_as_by_trying_every_split():
+    shares = (0.6, 0.2, 0.2)
+    for seed in range(10):
+        sizes = random.Random(seed).choices(range(1, 10), k=7)
+        total = sum(sizes)
+
+        def error(counts, total=total):
+            return sum(abs(count - share * total) for count, share in zip(counts, shares, strict=True))
+
+        best = min(
+            error([sum(s for s, home in zip(sizes, homes, strict=True) if home == part) for part in range(3)])
+            for homes in product(range(3), repeat=7)
+            if set(homes) == {0, 1, 2}
+        )
+        splits = split_by_patient(_items(sizes), dict(zip("abc", shares, strict=True)), seed=seed)
+
+        assert error([len(part) for part in splits.values()]) <= best + 2
+
+
+def test_patients_with_many_images_are_not_kept_for_training():
+    # dealing out the largest first would send every one of them there: a shift between training and test
+    items = _items([20] * 20 + [1] * 400)
+
+    held_out = 0
+    for seed in range(10):
+        splits = split_by_patient(items, {"training": 0.5, "test": 0.5}, seed=seed)
+        held_out += sum(count == 20 for count in Counter(item["patient"] for item in splits["test"]).values())
+
+    assert 70 <= held_out <= 130  # 100 expected
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [50, 1, 1], [9, 9, 9], [100, 1, 1, 1]])
+def test_no_split_is_empty_when_there_are_enough_patients(sizes):
+    for seed in range(10):
+        splits = split_by_patient(_items(sizes), {"training": 0.98, "validation": 0.01, "test": 0.01}, seed=seed)
+        assert all(splits.values())
+
+
+def test_single_patient_goes_to_training():
+    splits = split_by_patient(_items([4]))
+
+    assert {name: len(part) for name, part in splits.items()} == {"training": 4, "validation": 0, "test": 0}
+
+
+def test_split_with_fraction_zero_stays_empty():
+    splits = split_by_patient(_items([1] * 10), {"training": 0.9, "validation": 0.1, "test": 0.0})
+
+    assert [len(part) for part in splits.values()] == [9, 1, 0]
+
+
+@pytest.mark.parametrize("fractions", [{"a": 0.5, "b": 0.4}, {"a": 1.2, "b": -0.2}, {}])
+def test_fractions_that_are_no_shares_are_refused(fractions):
+    with pytest.raises(UserError, match="sum to 1"):
+        split_by_patient(_items([1, 1]), fractions)
+
+
+def test_item_without_patient_is_refused_by_split():
+    with pytest.raises(UserError, match=r"a\.png"):
+        split_by_patient([{"image": "a.png"}])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# validate, write, hash
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"training": [_one()], "test": [_one("b.png")]}, "patient 1 stands in two splits, training and test"),
+        ({"training": [_one(patient=7)], "test": [_one("b.png", "7")]}, "patient 7 stands in two splits"),
+        ({"training": [_one()], "extra": [_one("b.png")]}, "patient 1 stands in two splits, training and extra"),
+        ({"training": [_one()], "test": [_one("./a.png", "2")]}, "image a.png stands already in training"),
+        ({"training": [_one(), _one("x/../a.png")]}, "image a.png stands already in training"),
+        ({"training": [{"patient": "1"}]}, r"training\[0\] must have an image"),
+        ({"training": [_one(), {"image": "b.png"}]}, r"training\[1\] \(b.png\) must have a patient"),
+        ({"training": [_one(patient="")]}, "must have a patient"),
+        ({"training": [_one("/etc/a.png")]}, "path below the dataset's folder"),
+        ({"training": [_one("C:\\a.png")]}, "path below the dataset's folder"),
+        ({"training": [_one("\\\\host\\share\\a.png")]}, "path below the dataset's folder"),
+        ({"training": [_one("x/../../a.png")]}, "path below the dataset's folder"),
+        ({"training": [_one("..\\a.png")]}, "path below the dataset's folder"),
+        ({"training": [_one(mask="../m.png")]}, "mask must be a path below"),
+        ({"training": [_one(anomaly_mask=3)]}, "anomaly_mask must be a path below"),
+        ({"training": {"image": "a.png"}}, "training must be a list"),
+        ({"training": ["a.png"]}, r"training\[0\] must be an object"),
+        ({"name": "x", "modality": "CT"}, "got no split"),
+        ([_one()], "expected an object"),
+    ],
+)
+def test_bad_datalist_is_refused_with_its_place(content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        validate_datalist(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_good_datalist_passes_with_everything_it_holds():
+    content = {
+        "name": "x",
+        "labels": {"0": "background"},
+        "training": [_one("a..b/a.png", mask="m.png"), _one("b.png", mask="m.png")],
+        "validation": [],
+    }
+
+    assert validate_datalist(content) == content
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"training": [', "\xff", "[" * 100_000])
+def test_file_that_is_not_json_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "datalist.json"
+    path.write_bytes(text.encode("latin-1"))
+
+    with pytest.raises(UserError, match="is not JSON") as caught:
+        validate_datalist(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_written_datalist_is_decathlon_json_with_extra_keys(tmp_path):
+    path = tmp_path / "datalist.json"
+
+    write_datalist(path, "näme", "CT", {"training": [_one(text="Zwerchfell é")], "test": []}, label_names=["a"])
+
+    assert json.loads(path.read_text("utf-8")) == {
+        "name": "näme",
+        "modality": "CT",
+        "label_names": ["a"],
+        "training": [{"image": "a.png", "patient": "1", "text": "Zwerchfell é"}],
+        "test": [],
+    }
+
+
+def test_bad_datalist_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "datalist.json"
+    write_datalist(path, "x", "CT", {"training": [_one()]})
+    before = path.read_bytes()
+
+    with pytest.raises(UserError):
+        write_datalist(path, "x", "CT", {"training": [_one("/a.png")]})
+
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["datalist.json"]
+
+
+def test_hash_ignores_formatting_and_key_order_but_not_content(tmp_path):
+    texts = [
+        '{"training": [{"image": "a", "patient": "é"}], "name": "x"}',
+        '{\n "name": "x",\n "training": [{"patient": "\\u00e9", "image": "a"}]}',
+        '{"training": [{"image": "b", "patient": "é"}], "name": "x"}',
+    ]
+    hashes = []
+    for text in texts:
+        (tmp_path / "d.json").write_text(text, encoding="utf-8")
+        hashes.append(datalist_hash(tmp_path / "d.json"))
+
+    canonical = '{"name":"x","training":[{"image":"a","patient":"\\u00e9"}]}'
+    assert hashes[0] == hashes[1] == hashlib.sha256(canonical.encode()).hexdigest()
+    assert hashes[2] != hashes[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load_datalist
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    for name in ("images/a.png", "images/b.png", "masks/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    training = [_one("images/a.png", "1", mask="masks/a.png", label=1), _one("images/b.png", "2")]
+    write_datalist(tmp_path / "datalist.json", "x", "CR", {"training": training, "test": []})
+    return tmp_path
+
+
+def test_loading_joins_images_and_masks_and_keeps_the_rest(dataset):
+    items = load_datalist(dataset / "datalist.json", "training")
+
+    assert items == [
+        {
+            "image": str(dataset / "images/a.png"),
+            "patient": "1",
+            "mask": str(dataset / "masks/a.png"),
+            "label": 1,
+        },
+        {"image": str(dataset / "images/b.png"), "patient": "2"},
+    ]
+
+
+def test_dataset_dir_replaces_the_datalists_folder(dataset, tmp_path_factory):
+    moved = tmp_path_factory.mktemp("lists") / "list.json"
+    (dataset / "datalist.json").rename(moved)
+
+    assert load_datalist(str(moved), "training", str(dataset))[1]["image"] == str(dataset / "images/b.png")
+    with pytest.raises(UserError, match=r"3 of the files of split training are missing.*dataset_dir"):
+        load_datalist(moved, "training", "")
+
+
+def test_first_missing_file_is_named_unless_files_are_not_required(dataset):
+    (dataset / "images/b.png").unlink()
+
+    with pytest.raises(UserError, match=r"b\.png not found \(1 of"):
+        load_datalist(dataset / "datalist.json", "training")
+    assert len(load_datalist(dataset / "datalist.json", "training", require_files=False)) == 2
+
+
+@pytest.mark.parametrize(("split", "state"), [("test", "empty"), ("tests", "missing")])
+def test_absent_or_empty_split_lists_those_that_exist(dataset, split, state):
+    with pytest.raises(UserError, match=rf"split {split} is {state}; it has training \(2\), test \(0\)"):
+        load_datalist(dataset / "datalist.json", split)
+
+
+def test_missing_datalist_says_how_one_is_made(tmp_path):
+    with pytest.raises(UserError, match=r"python -m preprocessing\.images --source DIR --target DIR"):
+        load_datalist(tmp_path / "none.json", "training")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders
+
+
+def test_folder_gives_items_in_natural_order_without_tables_and_hidden_files(tmp_path):
+    for name in ("s10/i2.png", "s2/i10.dcm", "s2/i9.nii.gz", "labels.csv", "a.TXT", ".x.png", ".git/i.png", "b.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    assert items_from_folder(tmp_path) == [
+        {"image": str(tmp_path / "s2/i9.nii.gz"), "patient": "i9"},
+        {"image": str(tmp_path / "s2/i10.dcm"), "patient": "i10"},
+        {"image": str(tmp_path / "s10/i2.png"), "patient": "i2"},
+    ]
+
+
+def test_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "labels.csv").touch()
+    with pytest.raises(UserError, match="empty folder"):
+        items_from_folder(tmp_path)
+    with pytest.raises(UserError, match="not found"):
+        items_from_folder(tmp_path / "none")
+    with pytest.raises(UserError, match="a file"):
+        items_from_folder(tmp_path / "labels.csv")
+
+
+def test_linked_folders_are_entered_once_and_loops_end(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/a.png").touch()
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/images_001").symlink_to(tmp_path / "disk")
+    (tmp_path / "source/images_002").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/loop").symlink_to(tmp_path / "source")
+
+    assert list_files(tmp_path / "source") == ["images_001/a.png"]
+
+
+def test_natural_order_is_total():
+    names = ["a1", "a01", "a10", "a2", "b", "1", "A1", "a", "10a", "2a"]
+    backwards = names[::-1]
+
+    assert sorted(names, key=natural_key) == sorted(backwards, key=natural_key)
+    assert sorted(names, key=natural_key)[:3] == ["1", "2a", "10a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("a/b.nii.gz", "b"), ("1.2.840.113", "1.2.840.113"), ("1.2.DCM", "1.2"), ("x.tar", "x.tar"), (".png", ".png")],
+)
+def test_stem_cuts_image_suffixes_only(name, stem):
+    assert file_stem(name) == stem

@@ -1,0 +1,164 @@
+"""Checkpoints: whole or not at all, the older one when the newest is broken, the best model remembered."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import Dataset
+from torch import nn
+
+from medgen.data.stream import ResumableDataLoader
+from medgen.engines import GenerativeTrainer
+from medgen.errors import UserError
+from medgen.handlers import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
+
+
+class Regression(GenerativeTrainer):
+    """The smallest trainer there is: one weight follows noisy data."""
+
+    def __init__(self, **kwargs):
+        self.network = nn.Linear(1, 1)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1)
+        super().__init__(components={"network": self.network, "optimizer": self.optimizer}, **kwargs)
+
+    def _iteration(self, engine, batch):
+        self.seed_step()
+        x = batch["image"] + torch.randn(1)
+        self.optimizer.zero_grad()
+        loss = (self.network(x) - 2 * x).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return [{"loss": loss.detach()}]
+
+
+def trainer(folder, interval=2, resume=False, max_epochs=3, handlers=(), **kwargs):
+    torch.manual_seed(0)
+    loader = ResumableDataLoader(Dataset([{"image": torch.ones(1) * i} for i in range(5)]), batch_size=1, seed=1)
+    checkpoint = TrainingCheckpoint(folder, interval, resume, **kwargs)
+    return Regression(
+        device="cpu", max_epochs=max_epochs, train_data_loader=loader, train_handlers=[checkpoint, *handlers]
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt:
+    """Ends a training in the middle of a step, as kill -9 would: nothing is tidied up."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_STARTED(once=self.iteration), self)
+
+    def __call__(self, engine):
+        raise Killed
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 5, 6, 11, 15])
+def test_training_killed_anywhere_and_resumed_gives_the_same_weights(killed_at, tmp_path):
+    undisturbed = trainer(tmp_path / "a")
+    undisturbed.run()
+    with pytest.raises(Killed):
+        trainer(tmp_path / "b", handlers=[KillAt(killed_at)]).run()
+    resumed = trainer(tmp_path / "b", resume=True)
+    resumed.run()
+    assert torch.equal(undisturbed.network.weight, resumed.network.weight)
+    assert resumed.state.iteration == 15
+
+
+def test_unreadable_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, caplog):
+    undisturbed = trainer(tmp_path)
+    undisturbed.run()
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    resumed = trainer(tmp_path, resume=True)
+    resumed.run()
+    assert "last.pt cannot be read" in caplog.text
+    assert torch.equal(undisturbed.network.weight, resumed.network.weight)
+
+
+def test_no_readable_checkpoint_at_all_is_an_error_not_a_silent_start_from_zero(tmp_path):
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"previous\.pt cannot be read .* no older checkpoint"):
+        trainer(tmp_path, resume=True).run()
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path):
+    first = trainer(tmp_path, resume=True)
+    first.run()
+    assert first.state.iteration == 15
+
+
+def test_checkpoint_of_other_data_is_refused(tmp_path):
+    trainer(tmp_path, fingerprint={"datalist": "abc"}).run()
+    with pytest.raises(UserError, match="made with datalist abc, this run has xyz"):
+        trainer(tmp_path, resume=True, fingerprint={"datalist": "xyz"}).run()
+
+
+def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "trapped"), "w"))
+
+    (tmp_path / "last.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="cannot be read"):
+        TrainingCheckpoint(tmp_path, resume=True).load()
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_save_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path):
+    atomic_save({"a": torch.ones(1)}, tmp_path / "x.pt")
+    with pytest.raises(Exception, match="pickle"):
+        atomic_save({"a": torch.zeros(1), "b": lambda: None}, tmp_path / "x.pt")
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["a"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def evaluation(saver, value):
+    engine = Engine(lambda *_: None)
+    engine.state.key_metric_name = "l1"
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda e: e.state.metrics.update(l1=value))
+    saver.attach(engine)
+    engine.run([0])
+
+
+def test_best_model_is_kept_also_across_a_restart(tmp_path):
+    network, path = nn.Linear(1, 1, bias=False), tmp_path / "model.pt"
+    saver = BestModelSaver(network, path)
+    for weight, value in ((1.0, 0.5), (2.0, 0.3), (3.0, 0.4)):
+        network.weight.data.fill_(weight)
+        evaluation(saver, value)
+    assert torch.load(path, weights_only=True)["weight"].item() == 2
+    restarted = BestModelSaver(network, path)
+    restarted.load_state_dict(saver.state_dict())
+    evaluation(restarted, 0.35)
+    assert torch.load(path, weights_only=True)["weight"].item() == 2
+    evaluation(restarted, 0.2)
+    assert torch.load(path, weights_only=True)["weight"].item() == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no weights at .*model.pt; train the bundle first"),
+        (b"text", "not a file of plain weights"),
+        (nn.Linear(2, 1).state_dict(), r"another architecture: this network has shape \(1, 3\) at weight, got shape"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused_in_one_line(content, message, tmp_path):
+    path = tmp_path / "model.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    engine = Engine(lambda *_: None)
+    WeightsLoader(nn.Linear(3, 1), path).attach(engine)
+    with pytest.raises(UserError, match=message):
+        engine.run([0])

@@ -1,0 +1,206 @@
+"""The command for any folder: formats, patients, labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from medgen.data import validate_datalist
+from preprocessing import _convert as c
+from preprocessing import images
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+def _run(*arguments):
+    # one worker unless the test says so: each costs the start of an interpreter
+    workers = () if "--workers" in arguments else ("--workers", 1)
+    return c.main(images.app, [str(argument) for argument in (*arguments, *workers)])
+
+
+def _items(target):
+    content = validate_datalist(target / "datalist.json")
+    return {item["image"]: item for split in ("training", "validation", "test") for item in content[split]}
+
+
+def _picture(path, seed=0, colour=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (20, 24, 3) if colour else (20, 24)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(path)
+
+
+def _ct(path, hu, patient):
+    """A CT slice of Hounsfield units, stored with the usual intercept of -1024."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    data = pydicom.Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    data.PatientID, data.Modality = patient, "CT"
+    data.Rows, data.Columns = hu.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
+    data.RescaleIntercept, data.RescaleSlope = -1024, 1
+    data.PixelData = (hu + 1024).astype(np.uint16).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+def test_window_in_hounsfield_units_reaches_dicom_and_patient_comes_from_it(tmp_path):
+    hu = np.tile(np.linspace(-1000, 1000, 64), (64, 1)).round()
+    _ct(tmp_path / "source/1.2.3", hu, "P1")
+    _ct(tmp_path / "source/a/slice.dcm", hu + 5, "P1")
+
+    code = _run("--source", tmp_path / "source", "--target", tmp_path / "t", "--size", 64, "--window", 50, 350)
+
+    got = np.asarray(Image.open(tmp_path / "t/images/1.2.3.png")).astype(int)
+    assert code == 0
+    assert np.abs(got - np.clip((hu + 125) / 350, 0, 1) * 255).max() <= 1
+    assert {image: item["patient"] for image, item in _items(tmp_path / "t").items()} == {
+        "images/1.2.3.png": "P1",
+        "images/a/slice.png": "P1",
+    }
+    assert json.loads((tmp_path / "t/datalist.json").read_text())["modality"] == "CT"
+
+
+def test_volume_becomes_numbered_slices_and_blank_ones_are_reported(tmp_path):
+    volume = np.random.default_rng(0).normal(size=(20, 20, 4)).astype(np.float32)
+    volume[..., 2] = volume.min()
+    (tmp_path / "source").mkdir()
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "source/liver.nii.gz")
+
+    code = _run("--source", tmp_path / "source", "--target", tmp_path / "t", "--size", 20)
+
+    items = _items(tmp_path / "t")
+    with open(tmp_path / "t/rejected.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert code == 3
+    assert set(items) == {f"images/liver.frame000{n}.png" for n in (0, 1, 3)}
+    assert {item["patient"] for item in items.values()} == {"liver"}
+    assert len(rows) == 1
+    assert rows[0]["file"] == "liver.nii.gz"
+    assert rows[0]["reason"].startswith("1 of 4 frames left out (numbers 2)")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_gives_patient_labels_and_text(tmp_path, delimiter):
+    for name in ("a/x.png", "b/x.png", "y.png", "z.png"):
+        _picture(tmp_path / "source" / name, seed=len(name))
+    rows = [
+        ("Filename", "Patient_ID", "Class", "Report", "Finding Labels", "ignored"),
+        ("a/x.png", "P1", "1", 'two\nlines, "quoted"', "Mass|Edema", "?"),
+        ("b\\x", "P1", "0", "", "", "?"),
+        ("y", "", "2", "", "", ""),
+        ("gone.png", "P9", "0", "", "", ""),
+    ]
+    with open(tmp_path / "labels.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+
+    code = _run("--source", tmp_path / "source", "--target", tmp_path / "t", "--labels", tmp_path / "labels.csv")
+
+    assert code == 3
+    assert _items(tmp_path / "t") == {
+        "images/a/x.png": {
+            "image": "images/a/x.png",
+            "patient": "P1",
+            "label": 1,
+            "text": 'two\nlines, "quoted"',
+            "labels": ["Mass", "Edema"],
+        },
+        "images/b/x.png": {"image": "images/b/x.png", "patient": "P1", "label": 0},
+        "images/y.png": {"image": "images/y.png", "patient": "y", "label": 2},
+        "images/z.png": {"image": "images/z.png", "patient": "z"},
+    }
+    assert 'gone.png,"listed in labels.csv, but not found' in (tmp_path / "t/rejected.csv").read_text()
+    assert json.loads((tmp_path / "t/datalist.json").read_text("utf-8"))["label_names"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("file,label\nx,1\n", "names 2 files"),
+        ("file,label\na/x,1\na/x.png,2\n", "two rows name a/x.png"),
+        ("file,label\na/x,1\na/x,2\n", "says two things about a/x"),
+        ("name,label\nx,1\n", "must have a column file"),
+        ("file\nx\n", "must have a column file"),
+        ("", "got an empty file"),
+    ],
+)
+def test_ambiguous_table_is_refused_before_anything_is_converted(tmp_path, capsys, table, message):
+    for name in ("a/x.png", "b/x.png"):
+        _picture(tmp_path / "source" / name)
+    (tmp_path / "labels.csv").write_text(table)
+
+    code = _run("--source", tmp_path / "source", "--target", tmp_path / "t", "--labels", tmp_path / "labels.csv")
+
+    assert code == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_equal_rows_about_one_file_are_one(tmp_path):
+    # detection tables have a row per box
+    (tmp_path / "labels.csv").write_text("image,x,target\na,1,1\na,2,1\nb,,0\n")
+
+    assert images.read_labels(tmp_path / "labels.csv") == {"a": {"label": 1}, "b": {"label": 0}}
+
+
+def test_folders_can_be_labels_and_mixed_colours_are_noted(tmp_path, capsys):
+    _picture(tmp_path / "source/nevus/1.png", 1, colour=True)
+    _picture(tmp_path / "source/melanoma/deep/2.png", 2)
+
+    code = _run("--source", tmp_path / "source", "--target", tmp_path / "t", "--folder-labels", "--size", 20)
+
+    assert code == 0
+    labels = {image: item["label"] for image, item in _items(tmp_path / "t").items()}
+    assert labels == {"images/nevus/1.png": "nevus", "images/melanoma/deep/2.png": "melanoma"}
+    assert "1 files are grey and 1 in colour" in capsys.readouterr().err
+
+
+def test_split_shares_and_seed_reach_the_datalist(tmp_path):
+    for number in range(10):
+        _picture(tmp_path / f"source/{number}.png", number)
+    options = ("--source", tmp_path / "source", "--target", tmp_path / "t", "--size", 16, "--split", 0.5, 0.2, 0.3)
+
+    splits = []
+    for seed in (1, 2):  # the images are not converted again, only dealt out anew
+        assert _run(*options, "--seed", seed) == 0
+        splits.append(json.loads((tmp_path / "t/datalist.json").read_text()))
+
+    assert [len(splits[0][name]) for name in ("training", "validation", "test")] == [5, 2, 3]
+    assert splits[0]["test"] != splits[1]["test"]
+
+
+@pytest.mark.skipif(not (DATA / "dicom_real.zip").exists(), reason="real images (../shared/data) are absent")
+def test_every_real_file_is_converted_or_has_a_reason(tmp_path):
+    for name in ("dicom_real", "odd_images"):
+        with zipfile.ZipFile(DATA / f"{name}.zip") as archive:
+            archive.extractall(tmp_path / "source" / name)
+    files = {path.relative_to(tmp_path / "source").as_posix() for path in (tmp_path / "source").rglob("*.*")}
+    files = {file for file in files if (tmp_path / "source" / file).is_file()}
+
+    code = _run("--source", tmp_path / "source", "--target", tmp_path / "t", "--size", 64, "--channels", "grey")
+
+    with open(tmp_path / "t/rejected.csv", newline="") as file:
+        rejected = {row["file"] for row in csv.DictReader(file)}
+    journal = [json.loads(line) for line in (tmp_path / "t" / c.JOURNAL).read_text().splitlines()[1:]]
+    converted = {entry["file"] for entry in journal if entry["images"]}
+    assert code == 3
+    assert converted | rejected == files
+    assert any("too_short" in file for file in rejected)
+    assert len(converted) > 20
+    for image in _items(tmp_path / "t"):
+        pixels = np.asarray(Image.open(tmp_path / "t" / image))
+        assert (pixels.ndim, min(pixels.shape)) == (2, 64)
+        assert pixels.std() > 5
