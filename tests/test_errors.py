@@ -10,12 +10,16 @@ import pytest
 from medgen.errors import UserError, find_user_error
 
 
+def fail_as_monai_does():
+    try:
+        raise UserError("size must be 64, got 63")
+    except UserError as error:
+        raise RuntimeError("Failed to instantiate component") from error
+
+
 def test_finds_the_message_below_what_the_framework_raised():
     with pytest.raises(RuntimeError) as caught:
-        try:
-            raise UserError("size must be 64, got 63")
-        except UserError as error:
-            raise RuntimeError("Failed to instantiate component") from error
+        fail_as_monai_does()
     assert find_user_error(caught.value) == "size must be 64, got 63"
 
 
@@ -37,7 +41,14 @@ def test_other_errors_are_not_taken_for_the_users():
     assert find_user_error(KeyError("image")) is None
 
 
-SCRIPT = "from medgen.errors import *; one_line_errors()\ntry:\n  {raised}\nexcept Exception as e: raise RuntimeError('outer') from e"
+SCRIPT = """
+from medgen.errors import *
+one_line_errors()
+try:
+    {raised}
+except Exception as error:
+    raise RuntimeError("outer") from error
+"""
 
 
 def run(raised: str, **env: str) -> subprocess.CompletedProcess:

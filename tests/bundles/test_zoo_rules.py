@@ -518,7 +518,7 @@ class TestTracking:
         run = only(tracked.client, tracked.evaluation_ids)
         measured = read_json(tracked.folder / "second" / "metrics.json")
         assert run.info.status == "FINISHED"
-        assert run.info.run_name.startswith(f"{bundle.name}-evaluation-")
+        assert run.info.run_name.startswith(f"{bundle.name}-evaluate-")
         assert run.data.metrics
         assert {name: pytest.approx(measured[name]) for name in run.data.metrics} == run.data.metrics
 

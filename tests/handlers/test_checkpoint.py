@@ -43,7 +43,7 @@ def trainer(folder, interval=2, resume=False, max_epochs=3, handlers=(), **kwarg
     )
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -57,14 +57,14 @@ class KillAt:
         engine.add_event_handler(Events.ITERATION_STARTED(once=self.iteration), self)
 
     def __call__(self, engine):
-        raise Killed
+        raise KilledError
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 5, 6, 11, 15])
 def test_training_killed_anywhere_and_resumed_gives_the_same_weights(killed_at, tmp_path):
     undisturbed = trainer(tmp_path / "a")
     undisturbed.run()
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         trainer(tmp_path / "b", handlers=[KillAt(killed_at)]).run()
     resumed = trainer(tmp_path / "b", resume=True)
     resumed.run()

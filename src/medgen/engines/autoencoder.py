@@ -25,8 +25,9 @@ class AutoencoderKLTrainer(GenerativeTrainer):
     chest radiographs: reconstruction + perceptual + KL + least-squares adversarial (no activation, targets 1 and 0).
     MONAI's AdversarialTrainer takes no KL term and no posterior, and stops at a generator that returns a tuple.
 
-    ``state.output[0]`` holds detached scalars: ``loss`` (of the generator, all terms), ``reconstruction``, ``perceptual``,
-    ``kl`` (nats per image), ``adversarial`` and ``discriminator``, all unweighted but ``loss``; and ``image``, ``pred``.
+    ``state.output[0]`` holds ``image``, ``pred`` and detached scalars: ``loss`` (of the generator, all terms with their
+    weights) and, unweighted, ``reconstruction``, ``perceptual``, ``kl`` (nats per image), ``adversarial`` and
+    ``discriminator``.
 
     Args:
         device: where the networks are.

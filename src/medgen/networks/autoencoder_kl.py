@@ -17,7 +17,8 @@ class KLAutoencoder(AutoencoderKL):
     sample, which no exporter and no ``verify_net_in_out`` takes and which no two calls agree on. Training draws that
     sample through :class:`PosteriorReconstruction`.
 
-    Arguments are those of :class:`monai.networks.nets.AutoencoderKL`. Rombach et al. 2022, arXiv 2112.10752, section 3.1.
+    Arguments are those of :class:`monai.networks.nets.AutoencoderKL`. Rombach et al. 2022, arXiv 2112.10752, section
+    3.1.
 
     Shapes: images (B, C, H, W) with values in [0, 1], H and W divisible by ``f = 2 ** (len(channels) - 1)``; latents
     (B, latent_channels, H / f, W / f).
