@@ -6,11 +6,18 @@ bundle=$(cd "$(dirname "$0")" && pwd)
 cd "$bundle/../.."
 PYTHON=$(realpath -s "${PYTHON:-.venv/bin/python}")
 OUT=$(realpath -m "${OUT:-demo_output}")
-show() { printf '\n$'; printf ' %q' "$@"; printf '\n'; "$@"; }
-rm -rf "$OUT/training" "$OUT/registry.txt"
+show() {
+    printf '\n$'
+    for word in "$@"; do
+        if [[ $word =~ [^A-Za-z0-9_./:=-] ]]; then printf ' "%s"' "$word"; else printf ' %s' "$word"; fi
+    done
+    printf '\n'
+    "$@"
+}
+rm -rf "$OUT/demo_training"
 
 if [ -z "${DATALIST:-}" ]; then
-    show "$PYTHON" -m medgen.cli phantom chest "$OUT/phantoms" --patients 60 --size 256 --seed 1 --force
+    show "$PYTHON" -m medgen phantom chest "$OUT/phantoms" --patients 60 --size 256 --seed 1 --force
     show "$PYTHON" -m preprocessing.images --source "$OUT/phantoms/images" --target "$OUT/preprocessed" --size 64
     DATALIST=$OUT/preprocessed/datalist.json
 fi
@@ -19,20 +26,20 @@ data=(--datalist "$DATALIST")
 if [ -n "${DATASET_DIR:-}" ]; then data+=(--dataset_dir "$(realpath "$DATASET_DIR")"); fi
 
 cd "$bundle"
-run=(--output_dir "$OUT/training" --model_path "$OUT/training/model.pt" --tracking configs/tracking.json)
+run=(--output_dir "$OUT/demo_training" --model_path "$OUT/demo_training/model.pt" --tracking configs/tracking.json)
 show "$PYTHON" -m monai.bundle run --config_file "['configs/train.json','configs/demo.json']" "${data[@]}" "${run[@]}"
 show "$PYTHON" -m monai.bundle run --config_file "['configs/evaluate.json','configs/demo.json']" "${data[@]}" "${run[@]}"
-show "$PYTHON" -m medgen.cli registry register . --name cxr_autoencoder_kl_demo --alias demo \
-    --weights "$OUT/training/model.pt" --metrics "$OUT/training/metrics.json" --overlay configs/demo.json \
-    --tracking_uri "sqlite:///$OUT/training/mlflow.db"
+show "$PYTHON" -m medgen registry register . --name cxr_autoencoder_kl_demo --alias demo \
+    --weights "$OUT/demo_training/model.pt" --metrics "$OUT/demo_training/metrics.json" --overlay configs/demo.json \
+    --tracking_uri "sqlite:///$OUT/demo_training/mlflow.db"
 
 cat <<TEXT
 
 The demo is done. Look at
-  originals above reconstructions above their difference:  $OUT/training/images/test.png
-  figures of the test split:                               $OUT/training/metrics.json
-  weights:                                                 $OUT/training/model.pt
+  originals above reconstructions above their difference:  $OUT/demo_training/images/test.png
+  figures of the test split:                               $OUT/demo_training/metrics.json
+  weights:                                                 $OUT/demo_training/model.pt
   data:                                                    $DATALIST
   curves, pictures and the registered model in MLflow:
-    $PYTHON -m mlflow ui --backend-store-uri sqlite:///$OUT/training/mlflow.db
+    $PYTHON -m mlflow ui --backend-store-uri sqlite:///$OUT/demo_training/mlflow.db
 TEXT
