@@ -8,7 +8,6 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _SUBMODULES = (
-    "convert",
     "data",
     "distributed",
     "engines",
