@@ -19,6 +19,7 @@ _SUBMODULES = (
     "networks",
     "output",
     "registry",
+    "settings",
     "transforms",
 )
 

@@ -1,0 +1,104 @@
+"""Checks of a bundle's settings, made in ``initialize``, before any data is read."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from monai.bundle import ConfigParser
+from monai.bundle.scripts import run
+from monai.utils import ensure_tuple
+
+from medgen.errors import UserError
+
+__all__ = ["check_device", "check_multiple", "check_names", "check_positive"]
+
+
+def check_names(argv: Sequence[str] | None = None) -> None:
+    """See that every setting on the command line of ``monai.bundle run`` exists in its config files.
+
+    MONAI adds an unknown name to the config as a new id and goes on: a training with ``--bach_size 4`` would run for
+    days with the batch size of the config.
+
+    Args:
+        argv: the command line; default: this process's, if it is ``monai.bundle``'s.
+
+    Raises:
+        UserError: names the closest setting.
+    """
+    if argv is None:
+        argv = sys.argv if Path(sys.argv[0]).parts[-2:] == ("bundle", "__main__.py") else []
+    given = _options(argv)
+    if "args_file" in given:
+        given = {**json.loads(Path(given["args_file"]).read_text(encoding="utf-8")), **given}
+    if "config_file" not in given:
+        return
+    files = given["config_file"]
+    if isinstance(files, str) and files.startswith("["):
+        files = json.loads(files.replace("'", '"'))
+    known = set(ConfigParser.load_config_files(ensure_tuple(files)))
+    if "tracking" in given and str(given["tracking"]).endswith((".json", ".yaml", ".yml")):
+        known |= set(ConfigParser.load_config_files(given["tracking"])["configs"])
+    arguments_of_run = set(inspect.signature(run).parameters) - {"override"}
+    for name in given.keys() - arguments_of_run:
+        top = name.split("#")[0].split("::")[0]
+        if top not in known and top != "_meta_":
+            close = difflib.get_close_matches(top, known, n=1)
+            hint = f"did you mean --{close[0]}?" if close else "the names stand at the head of the config file"
+            raise UserError(f"no setting {top} in {files if isinstance(files, str) else ', '.join(files)}; {hint}")
+
+
+def _options(argv: Sequence[str]) -> dict[str, str]:
+    """``--name value`` and ``--name=value`` as a dictionary."""
+    given: dict[str, str] = {}
+    words = iter(argv)
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            given[name] = value if equals else next(words, "")
+    return given
+
+
+def check_device(device: torch.device | str) -> None:
+    """See that the device is there.
+
+    Raises:
+        UserError: no such device.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(
+            f"device must be one of cpu{', ' if there else ''}{', '.join(there)}, got {device} "
+            f"({str(error).splitlines()[0]}); set --device"
+        ) from error
+
+
+def check_positive(**settings: float) -> None:
+    """See that numbers are above zero.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"{name} must be a number above 0, got {value!r}; set --{name}")
+
+
+def check_multiple(factor: int, **sides: int) -> None:
+    """See that sides are multiples of a network's total downsampling.
+
+    Raises:
+        UserError: names the first that is not, and the nearest that are.
+    """
+    for name, value in sides.items():
+        if value % factor:
+            below = value // factor * factor
+            near = f"{below} or {below + factor}" if below else f"{factor}"
+            raise UserError(f"{name} must be a multiple of {factor}, got {value}; set --{name} to {near}")

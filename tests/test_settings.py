@@ -1,0 +1,62 @@
+"""Settings that cannot be meant are refused before any data is read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from medgen.errors import UserError
+from medgen.settings import check_device, check_multiple, check_names, check_positive
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"batch_size": 2, "network_def": {"channels": [1]}}))
+    return str(path)
+
+
+def test_known_settings_nested_ids_and_arguments_of_run_pass(config):
+    check_names(["run", "--config_file", config, "--batch_size=4", "--network_def#channels", "[8]", "--run_id", "run"])
+
+
+@pytest.mark.parametrize("word", [["--bach_size", "2"], ["--bach_size=2"]])
+def test_misspelt_setting_is_refused_with_the_closest_name(config, word):
+    with pytest.raises(UserError, match=r"no setting bach_size in .*train\.json; did you mean --batch_size\?"):
+        check_names(["run", "--config_file", config, *word])
+
+
+def test_settings_of_overlays_tracking_files_and_args_files_are_known_or_refused_as_well(config, tmp_path):
+    (tmp_path / "overlay.json").write_text('{"extra": 1}')
+    (tmp_path / "tracking.json").write_text('{"handlers_id": {}, "configs": {"tracking_uri": ""}}')
+    files = f"['{config}','{tmp_path / 'overlay.json'}']"
+    tracking = ["--tracking", str(tmp_path / "tracking.json")]
+    check_names(["run", "--config_file", files, *tracking, "--extra", "2", "--tracking_uri", "sqlite:///x.db"])
+    (tmp_path / "args.json").write_text(json.dumps({"config_file": config, "epochs": 3}))
+    with pytest.raises(UserError, match="no setting epochs"):
+        check_names(["run", "--args_file", str(tmp_path / "args.json")])
+
+
+def test_a_process_that_is_not_monais_command_is_left_alone():
+    check_names()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_absent_device_is_refused(device):
+    with pytest.raises(UserError, match=rf"device must be one of cpu.*, got {device} .*--device"):
+        check_device(device)
+    check_device("cpu")
+
+
+@pytest.mark.parametrize("value", [0, -1, "8", True, float("nan")])
+def test_number_that_is_not_above_zero_is_refused(value):
+    with pytest.raises(UserError, match="batch_size must be a number above 0"):
+        check_positive(batch_size=value)
+    check_positive(batch_size=1, lr=1e-9)
+
+
+def test_side_that_the_network_cannot_halve_is_refused_with_the_next_ones():
+    with pytest.raises(UserError, match="image_size must be a multiple of 8, got 60; set --image_size to 56 or 64"):
+        check_multiple(8, image_size=60)
+    check_multiple(8, image_size=64)
