@@ -1,0 +1,60 @@
+"""The output folder of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from medgen import output
+from medgen.errors import UserError
+from medgen.output import atomic_write_text, git_revision, prepare_output_dir, run_name
+
+
+def test_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir must be a folder that can be written to, got .*file/out"):
+        prepare_output_dir(tmp_path / "file" / "out")
+
+
+def test_folder_with_checkpoints_is_refused_unless_they_are_to_be_continued(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    prepare_output_dir(tmp_path, resume=False)
+    (tmp_path / "checkpoints" / "last.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="--resume true"):
+        prepare_output_dir(tmp_path, resume=False)
+    assert prepare_output_dir(tmp_path, resume=True) == tmp_path
+
+
+def test_resumed_run_keeps_its_name_and_a_new_one_gets_its_own(tmp_path):
+    first = run_name(tmp_path, "bundle")
+    assert run_name(tmp_path, "bundle", resume=True) == first
+    assert run_name(tmp_path, "bundle") != first
+    assert re.fullmatch(r"bundle-\d{8}-\d{6}-[0-9a-f]{4}", first)
+
+
+def test_only_the_first_process_writes_the_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run_name(tmp_path, "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_written_whole_into_a_new_folder(tmp_path):
+    atomic_write_text(tmp_path / "new" / "a.json", json.dumps({"a": 1}))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
+
+
+def test_git_revision_names_the_commit_and_says_when_there_are_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "__file__", str(tmp_path / "output.py"))
+    assert git_revision() == ""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}\+changes", git_revision())
+    subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}", git_revision())
