@@ -7,7 +7,7 @@ import json
 import pytest
 
 from medgen.errors import UserError
-from medgen.settings import check_device, check_multiple, check_names, check_positive
+from medgen.settings import check_device, check_multiple, check_names, check_positive, check_whole
 
 
 @pytest.fixture
@@ -54,6 +54,29 @@ def test_number_that_is_not_above_zero_is_refused(value):
     with pytest.raises(UserError, match="batch_size must be a number above 0"):
         check_positive(batch_size=value)
     check_positive(batch_size=1, lr=1e-9)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
+def test_number_that_is_not_whole_or_too_small_is_refused(value):
+    with pytest.raises(UserError, match="batch_size must be a whole number of at least 1"):
+        check_whole(batch_size=value)
+    check_whole(0, seed=0)
+
+
+def test_bare_flag_does_not_swallow_the_next_setting(config):
+    with pytest.raises(UserError, match="no setting bach_size"):
+        check_names(["run", "--config_file", config, "--batch_size", "--bach_size", "4"])
+
+
+def test_args_file_may_be_yaml(config, tmp_path):
+    (tmp_path / "args.yaml").write_text(f"config_file: {config}\nepochs: 3\n")
+    with pytest.raises(UserError, match="no setting epochs"):
+        check_names(["run", "--args_file", str(tmp_path / "args.yaml")])
+
+
+def test_list_of_channels_must_be_multiples_of_the_groups():
+    with pytest.raises(UserError, match="channels must be a multiple of 32, got 48; set --channels to 32 or 64"):
+        check_multiple(32, channels=[64, 48])
 
 
 def test_side_that_the_network_cannot_halve_is_refused_with_the_next_ones():

@@ -21,6 +21,7 @@ _SUBMODULES = (
     "registry",
     "settings",
     "transforms",
+    "weights",
 )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sized
 
 import torch
 import torch.distributed as dist
 
 from medgen.errors import UserError
 
-__all__ = ["local_device", "start"]
+__all__ = ["check_shards", "local_device", "start"]
 
 
 def start() -> None:
@@ -29,6 +30,20 @@ def start() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def check_shards(**datasets: Sized) -> None:
+    """See that every process gets at least one item: one without would leave the others waiting for its metrics.
+
+    Raises:
+        UserError: a dataset holds fewer items than there are processes.
+    """
+    for name, dataset in datasets.items():
+        if len(dataset) < dist.get_world_size():
+            raise UserError(
+                f"the {name} split holds {len(dataset)} images for {dist.get_world_size()} processes; start fewer "
+                "processes or enlarge the split"
+            )
 
 
 def local_device() -> torch.device:

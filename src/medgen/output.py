@@ -6,13 +6,21 @@ import json
 import os
 import secrets
 import subprocess
+import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
 
 from medgen.errors import UserError
 
-__all__ = ["atomic_write_text", "git_revision", "prepare_output_dir", "run_name", "unique_name"]
+__all__ = [
+    "atomic_write_text",
+    "disable_usage_reports",
+    "git_revision",
+    "prepare_output_dir",
+    "run_name",
+    "unique_name",
+]
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -74,10 +82,27 @@ def run_name(output_dir: str | Path, prefix: str, resume: bool = False) -> str:
 
 def git_revision() -> str:
     """Commit of the checkout that this package runs from, with ``+changes`` if it is not clean; "" outside one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
     try:
+        # installed below somebody else's repository, this package is not part of it
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
+        if tracked.returncode:
+            return ""
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return commit + ("+changes" if dirty.stdout.strip() else "")
+
+
+def disable_usage_reports() -> None:
+    """Keep MLflow from reporting usage to its makers: a hospital's network is not asked for that.
+
+    ``MLFLOW_DISABLE_TELEMETRY=false`` in the environment allows it.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if "mlflow" in sys.modules:  # MONAI has imported it already, with its client of the reports
+        from mlflow.telemetry import set_telemetry_client
+
+        set_telemetry_client()

@@ -18,12 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# MLflow reports usage to its makers unless told otherwise before it is imported; a hospital's network must not be asked
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
 import mlflow
 import numpy as np
-import torch
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -35,8 +31,12 @@ from sqlalchemy.exc import SQLAlchemyError
 import medgen
 from medgen import _pyfunc
 from medgen.errors import UserError
+from medgen.output import disable_usage_reports
+from medgen.weights import check_same_shapes, read_state_dict
 
 __all__ = ["RegisteredBundle", "list_models", "pull", "register_bundle"]
+
+disable_usage_reports()
 
 CHECKSUMS = "checksums.json"
 # a bundle folder also holds outputs, checkpoints and perhaps images of patients: only these are ever registered
@@ -297,22 +297,7 @@ def _requirements(metadata: Mapping[str, Any]) -> list[str]:
 
 def _check_weights(staged: Path) -> None:
     """See that models/model.pt is a bare state dict of network_def."""
-    try:
-        state = torch.load(staged / "models" / "model.pt", map_location="cpu", weights_only=True)
-    # a broken or foreign file raises whatever its bytes lead to
-    except Exception as error:
-        raise UserError(
-            f"models/model.pt is not a file of plain weights ({type(error).__name__}); save the network's state_dict "
-            "with torch.save"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        found = ", ".join(map(str, list(state)[:4])) if isinstance(state, Mapping) else type(state).__name__
-        raise UserError(
-            f"models/model.pt must be one flat state dict of tensors, got {found}; a checkpoint holds more than the "
-            "network: save its state_dict alone"
-        )
-    from medgen.engines.trainer import check_same_shapes
-
+    state = read_state_dict(staged / "models" / "model.pt", "models/model.pt")
     check_same_shapes("models/model.pt", _pyfunc.build_network(staged).state_dict(), state)
 
 

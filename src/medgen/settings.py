@@ -16,7 +16,7 @@ from monai.utils import ensure_tuple
 
 from medgen.errors import UserError
 
-__all__ = ["check_device", "check_multiple", "check_names", "check_positive"]
+__all__ = ["check_device", "check_multiple", "check_names", "check_positive", "check_whole"]
 
 
 def check_names(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def check_names(argv: Sequence[str] | None = None) -> None:
         argv = sys.argv if Path(sys.argv[0]).parts[-2:] == ("bundle", "__main__.py") else []
     given = _options(argv)
     if "args_file" in given:
-        given = {**json.loads(Path(given["args_file"]).read_text(encoding="utf-8")), **given}
+        given = {**ConfigParser.load_config_file(given["args_file"]), **given}
     if "config_file" not in given:
         return
     files = given["config_file"]
@@ -54,13 +54,15 @@ def check_names(argv: Sequence[str] | None = None) -> None:
 
 
 def _options(argv: Sequence[str]) -> dict[str, str]:
-    """``--name value`` and ``--name=value`` as a dictionary."""
+    """``--name value``, ``--name=value`` and bare ``--name`` as a dictionary."""
     given: dict[str, str] = {}
-    words = iter(argv)
-    for word in words:
+    name = ""
+    for word in argv:
         if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            given[name] = value if equals else next(words, "")
+            name, _, given_with_it = word[2:].partition("=")
+            given[name] = given_with_it
+        elif name and not given[name]:
+            given[name] = word
     return given
 
 
@@ -91,14 +93,26 @@ def check_positive(**settings: float) -> None:
             raise UserError(f"{name} must be a number above 0, got {value!r}; set --{name}")
 
 
-def check_multiple(factor: int, **sides: int) -> None:
-    """See that sides are multiples of a network's total downsampling.
+def check_whole(minimum: int = 1, **settings: int) -> None:
+    """See that settings are whole numbers of at least ``minimum``.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise UserError(f"{name} must be a whole number of at least {minimum}, got {value!r}; set --{name}")
+
+
+def check_multiple(factor: int, **settings: int | Sequence[int]) -> None:
+    """See that numbers, or all numbers of a list, are multiples of what a network divides them by.
 
     Raises:
         UserError: names the first that is not, and the nearest that are.
     """
-    for name, value in sides.items():
-        if value % factor:
-            below = value // factor * factor
-            near = f"{below} or {below + factor}" if below else f"{factor}"
-            raise UserError(f"{name} must be a multiple of {factor}, got {value}; set --{name} to {near}")
+    for name, values in settings.items():
+        for value in ensure_tuple(values):
+            if value % factor:
+                below = value // factor * factor
+                near = f"{below} or {below + factor}" if below else f"{factor}"
+                raise UserError(f"{name} must be a multiple of {factor}, got {value}; set --{name} to {near}")

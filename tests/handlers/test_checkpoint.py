@@ -34,9 +34,9 @@ class Regression(GenerativeTrainer):
         return [{"loss": loss.detach()}]
 
 
-def trainer(folder, interval=2, resume=False, max_epochs=3, handlers=(), **kwargs):
+def trainer(folder, interval=2, resume=False, max_epochs=3, handlers=(), batch_size=1, **kwargs):
     torch.manual_seed(0)
-    loader = ResumableDataLoader(Dataset([{"image": torch.ones(1) * i} for i in range(5)]), batch_size=1, seed=1)
+    loader = ResumableDataLoader(Dataset([{"image": torch.ones(1) * i} for i in range(5)]), batch_size, seed=1)
     checkpoint = TrainingCheckpoint(folder, interval, resume, **kwargs)
     return Regression(
         device="cpu", max_epochs=max_epochs, train_data_loader=loader, train_handlers=[checkpoint, *handlers]
@@ -102,6 +102,31 @@ def test_checkpoint_of_other_data_is_refused(tmp_path):
         trainer(tmp_path, resume=True, fingerprint={"datalist": "xyz"}).run()
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 5), (5, 1), (1, 2)])
+def test_another_batch_size_continues_at_the_same_image(before, after, tmp_path):
+    with pytest.raises(KilledError):
+        trainer(tmp_path, batch_size=before, handlers=[KillAt(10 // before + 1)]).run()
+    resumed = trainer(tmp_path, resume=True, batch_size=after)
+    resumed.run()
+    per_epoch = 5 // after * after
+    assert resumed.images_seen == 3 * per_epoch
+    assert resumed.state.epoch == 3
+
+
+def test_loss_that_is_not_a_number_stops_the_training_and_is_never_saved(tmp_path):
+    class Spoil:
+        def attach(self, engine):
+            engine.add_event_handler(
+                Events.ITERATION_STARTED(once=7), lambda: engine.network.weight.data.fill_(torch.nan)
+            )
+
+    with pytest.raises(UserError, match="loss became nan at iteration 7; resume from the last checkpoint"):
+        trainer(tmp_path, interval=1, handlers=[Spoil()]).run()
+    resumed = trainer(tmp_path, resume=True)
+    resumed.run()
+    assert torch.isfinite(resumed.network.weight).all()
+
+
 def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path):
     class Trap:
         def __reduce__(self):
@@ -144,9 +169,39 @@ def test_best_model_is_kept_also_across_a_restart(tmp_path):
     assert torch.load(path, weights_only=True)["weight"].item() == 3
 
 
+def test_metric_that_is_not_a_number_is_never_the_best(tmp_path):
+    network, path = nn.Linear(1, 1, bias=False), tmp_path / "model.pt"
+    saver = BestModelSaver(network, path)
+    evaluation(saver, float("nan"))
+    assert not path.exists()
+    evaluation(saver, 0.5)
+    evaluation(saver, float("nan"))
+    assert saver.best == 0.5
+
+
+def test_model_of_another_training_is_kept_beside(tmp_path):
+    network, path = nn.Linear(1, 1, bias=False), tmp_path / "model.pt"
+    path.write_bytes(b"earlier")
+    saver = BestModelSaver(network, path)
+    evaluation(saver, 0.5)
+    evaluation(saver, 0.4)
+    assert (tmp_path / "model.previous.pt").read_bytes() == b"earlier"
+
+
+def test_lost_file_of_the_best_model_is_made_anew(tmp_path):
+    saver = BestModelSaver(nn.Linear(1, 1), tmp_path / "model.pt")
+    saver.load_state_dict({"best": 0.1})
+    evaluation(saver, 0.5)
+    assert (tmp_path / "model.pt").is_file()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            {"network": {"weight": torch.zeros(1)}},
+            "one flat state dict of tensors, got network; a checkpoint holds more",
+        ),
         (None, "no weights at .*model.pt; train the bundle first"),
         (b"text", "not a file of plain weights"),
         (nn.Linear(2, 1).state_dict(), r"another architecture: this network has shape \(1, 3\) at weight, got shape"),

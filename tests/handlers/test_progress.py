@@ -42,7 +42,7 @@ def train(clock, caplog, log_seconds=0.0):
 
 def test_log_names_the_run_and_its_length_then_shows_losses_and_speed(clock, caplog):
     lines = train(clock, caplog)
-    assert lines[0] == "run my-run: 2 epochs of 2 steps of 2 images on cpu, 1 process(es)"
+    assert lines[0] == "run my-run: 2 epochs of 2 steps of 2 images on cpu in float32, 1 process(es)"
     assert lines[1] == "epoch 1/2 (25%): loss 0.25 kl 1234, 4.0 img/s"
     assert len(lines) == 5
 

@@ -18,7 +18,8 @@ __all__ = ["ResumableDataLoader", "derive_seed"]
 
 def derive_seed(*parts: int) -> int:
     """One 32-bit seed from several non-negative integers, such as (seed, rank, images seen)."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    # SeedSequence takes (1, 0) for (1,): the number of parts tells them apart
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1)[0])
 
 
 class _Positions(Sampler[int]):

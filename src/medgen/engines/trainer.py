@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ignite.distributed as idist
 import torch
+from ignite.engine import Events
 from monai.engines import Trainer
+from monai.utils.enums import CommonKeys as Keys
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medgen.data.stream import ResumableDataLoader, derive_seed
 from medgen.errors import UserError
+from medgen.weights import check_same_shapes
 
-__all__ = ["GenerativeTrainer", "autocast", "check_same_shapes", "unwrap"]
+__all__ = ["GenerativeTrainer", "autocast", "unwrap"]
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -80,6 +84,9 @@ class GenerativeTrainer(Trainer):
             **kwargs,
         )
         self.use_amp = amp
+        # each look waits for a GPU; on the CPU it costs nothing
+        every = 1 if self.state.device.type == "cpu" else 10
+        self.add_event_handler(Events.ITERATION_COMPLETED(every=every), lambda: self.check_finite())
 
     @property
     def images_seen(self) -> int:
@@ -90,6 +97,24 @@ class GenerativeTrainer(Trainer):
         """Context of mixed precision for this trainer's device."""
         return autocast(self.state.device, self.use_amp)
 
+    @property
+    def precision(self) -> str:
+        """Precision of the networks' forward passes: ``bfloat16`` or ``float32``."""
+        return "float32" if isinstance(self.autocast(), nullcontext) else "bfloat16"
+
+    def check_finite(self) -> None:
+        """See that the loss of the last step is a number: a training that has lost it never finds it again.
+
+        Raises:
+            UserError: the loss is infinite or not a number.
+        """
+        output = self.state.output
+        if output and not math.isfinite(loss := float(output[0][Keys.LOSS])):
+            raise UserError(
+                f"the loss became {loss} at iteration {self.state.iteration}; resume from the last checkpoint, or "
+                "start again with a lower learning rate or --amp false"
+            )
+
     def seed_step(self) -> None:
         """Reseed torch's generators from (seed, rank, images seen): call first in every ``_iteration``."""
         torch.manual_seed(derive_seed(self.seed, 2, idist.get_rank(), self.images_seen))
@@ -97,8 +122,6 @@ class GenerativeTrainer(Trainer):
     def training_state(self) -> dict[str, Any]:
         """Everything that a resumed training needs, as tensors and plain values: loads with ``weights_only=True``."""
         return {
-            "iteration": self.state.iteration,
-            "epoch": self.state.epoch,
             "images_seen": self.images_seen,
             "components": {name: unwrap(part).state_dict() for name, part in self.components.items()},
         }
@@ -106,9 +129,18 @@ class GenerativeTrainer(Trainer):
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`training_state`.
 
+        The position is the number of images seen, which means the same whatever the batch size and the number of
+        processes: iteration and epoch follow from it.
+
         Raises:
             UserError: the state belongs to other networks: names the first part that does not fit.
         """
+        extra = [name for name in state["components"] if name not in self.components]
+        if extra:
+            raise UserError(
+                f"the checkpoint holds {', '.join(extra)}, which this training does not have; resume with the settings "
+                "it was made with, or choose another --output_dir"
+            )
         for name, part in self.components.items():
             part = unwrap(part)
             if name not in state["components"]:
@@ -119,29 +151,7 @@ class GenerativeTrainer(Trainer):
             if isinstance(part, nn.Module):
                 check_same_shapes(f"{name} of the checkpoint", part.state_dict(), state["components"][name])
             part.load_state_dict(state["components"][name])
-        self.state.iteration, self.state.epoch = state["iteration"], state["epoch"]
-        # a checkpoint from the middle of an epoch: ignite counts the epoch again when it goes on with it
-        if state["iteration"] < state["epoch"] * len(self.data_loader):
-            self.state.epoch -= 1
         self.data_loader.images_seen = state["images_seen"]
-
-
-def check_same_shapes(source: str, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
-    """See that a state dict fits a network.
-
-    Args:
-        source: where the state dict comes from, for the message.
-        expected: state dict of the network.
-        given: state dict to load.
-
-    Raises:
-        UserError: names the first parameter that does not fit.
-    """
-    for key in [*expected, *(key for key in given if key not in expected)]:
-        if key in expected and key in given and expected[key].shape == given[key].shape:
-            continue
-        want, got = (f"shape {tuple(d[key].shape)}" if key in d else "nothing" for d in (expected, given))
-        raise UserError(
-            f"{source} belongs to another architecture: this network has {want} at {key}, got {got}; use the network "
-            "settings that it was trained with"
-        )
+        self.state.iteration = state["images_seen"] // self.data_loader.global_batch_size
+        # epochs that are over: ignite counts the one it goes on with itself
+        self.state.epoch = self.state.iteration // len(self.data_loader)

@@ -6,6 +6,7 @@ from medgen.handlers.checkpoint import BestModelSaver, TrainingCheckpoint, Weigh
 from medgen.handlers.metrics import MetricsJSON
 from medgen.handlers.pictures import ReconstructionGrid, save_grid
 from medgen.handlers.progress import TrainingProgress, scalars
+from medgen.handlers.validation import ValidationAtIntervals
 
 __all__ = [
     "BestModelSaver",
@@ -13,6 +14,7 @@ __all__ = [
     "ReconstructionGrid",
     "TrainingCheckpoint",
     "TrainingProgress",
+    "ValidationAtIntervals",
     "WeightsLoader",
     "atomic_save",
     "save_grid",

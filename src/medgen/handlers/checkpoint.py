@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from medgen.engines.trainer import GenerativeTrainer, check_same_shapes, unwrap
+from medgen.engines.trainer import GenerativeTrainer, unwrap
 from medgen.errors import UserError
+from medgen.weights import check_same_shapes, read_state_dict
 
 __all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save"]
 
@@ -74,12 +76,23 @@ class TrainingCheckpoint:
 
     def start(self, engine: GenerativeTrainer) -> None:
         """Load the newest readable checkpoint if asked to."""
-        if not self.resume:
-            return
-        state = self.load()
-        if state is None:
+        if idist.get_rank() == 0:
+            for stale in self.folder.glob(".newest.pt.*"):  # what a kill in the middle of a save left
+                stale.unlink(missing_ok=True)
+        state = self.load() if self.resume else None
+        if state is not None:
+            self._restore(engine, state)
+        elif self.resume:
             logger.info(f"no checkpoint in {self.folder} yet: training starts at the beginning")
-            return
+        # a process that reads another checkpoint, or none, would train other weights than the rest, unnoticed
+        positions = idist.all_gather(engine.images_seen)
+        if isinstance(positions, list) and len(set(positions)) > 1:
+            raise UserError(
+                f"the processes found different checkpoints (images seen: {positions}); --output_dir must be one "
+                "folder that all of them see"
+            )
+
+    def _restore(self, engine: GenerativeTrainer, state: Mapping[str, Any]) -> None:
         for name, value in self.fingerprint.items():
             if state["fingerprint"].get(name) != value:
                 raise UserError(
@@ -100,7 +113,11 @@ class TrainingCheckpoint:
             if not path.is_file():
                 continue
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if {"components", "fingerprint", "images_seen"} - set(state):
+                    raise ValueError("not a checkpoint of this collection")
+                return state
+            # a broken or foreign file raises whatever its bytes lead to
             except Exception as error:
                 problem = f"{path} cannot be read ({type(error).__name__})"
                 logger.warning(f"{problem}; trying the one before it")
@@ -114,7 +131,12 @@ class TrainingCheckpoint:
             self.save(engine)
 
     def save(self, engine: GenerativeTrainer) -> None:
-        """Write ``last.pt``; the former one becomes ``previous.pt``."""
+        """Write ``last.pt``; the former one becomes ``previous.pt``.
+
+        Raises:
+            UserError: the loss is not a number; the checkpoint before stays as it is.
+        """
+        engine.check_finite()
         if idist.get_rank() > 0:
             return
         last = self.folder / "last.pt"
@@ -129,7 +151,9 @@ class BestModelSaver:
     """Keeps the weights with the best validation metric as a bare state dict.
 
     Attach it to the evaluator, and give it to the trainer's ``components``: its memory of the best metric is part of
-    the training state, so that a resumed training does not overwrite a better model with a worse one.
+    the training state, so that a resumed training does not overwrite a better model with a worse one. The file of
+    another training that stands at ``path`` is kept as ``<name>.previous.pt``. A metric that is not a number is never
+    the best.
 
     Args:
         network: network to save; the network inside DistributedDataParallel is taken.
@@ -150,21 +174,29 @@ class BestModelSaver:
 
     def __call__(self, engine: Engine) -> None:
         """Save if the key metric is better than ever."""
-        value = float(engine.state.metrics[engine.state.key_metric_name])
-        if self.best is not None and not self.is_better(value, self.best):
+        name = engine.state.key_metric_name
+        value = float(engine.state.metrics[name])
+        first = self.best is None
+        if not math.isfinite(value) or not (first or self.is_better(value, self.best)):
+            logger.info(f"epoch {engine.state.epoch}: {name} {value:.5f}, best so far {self.best}")
             return
         self.best = value
-        if idist.get_rank() == 0:
-            atomic_save({k: v.cpu() for k, v in unwrap(self.network).state_dict().items()}, self.path)
-            logger.info(f"best model so far: {engine.state.key_metric_name} {value:.5f}, saved to {self.path}")
+        if idist.get_rank() > 0:
+            return
+        if first and self.path.is_file():
+            before = self.path.with_suffix(".previous.pt")
+            os.replace(self.path, before)
+            logger.warning(f"{self.path} was there before this training; kept as {before}")
+        atomic_save({k: v.cpu() for k, v in unwrap(self.network).state_dict().items()}, self.path)
+        logger.info(f"epoch {engine.state.epoch}: {name} {value:.5f}, the best so far, saved to {self.path}")
 
     def state_dict(self) -> dict[str, float | None]:
         """The best metric so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.best = state["best"]
+        """Continue from :meth:`state_dict`; without the file that belongs to it, the next validation starts anew."""
+        self.best = state["best"] if self.path.is_file() else None
 
 
 class WeightsLoader:
@@ -190,13 +222,7 @@ class WeightsLoader:
         """
         if not self.path.is_file():
             raise UserError(f"no weights at {self.path}; train the bundle first, or name a file with --model_path")
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(
-                f"{self.path} is not a file of plain weights ({type(error).__name__}); name a state dict with "
-                "--model_path"
-            ) from error
+        state = read_state_dict(self.path)
         network = unwrap(self.network)
         check_same_shapes(str(self.path), network.state_dict(), state)
         network.load_state_dict(state)

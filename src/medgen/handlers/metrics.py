@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class MetricsJSON:
         if idist.get_rank() > 0:
             return
         figures = {name: float(value) for name, value in engine.state.metrics.items()}
-        record = {**figures, "n": n, **self.extra, "git": git_revision()}
-        atomic_write_text(self.path, json.dumps(record, indent=4) + "\n")
+        # JSON knows neither infinity (the PSNR of equal images) nor NaN
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        for name in (name for name, value in finite.items() if value is None):
+            logger.warning(f"{name} is {figures[name]}: written as null")
+        record = {**finite, "n": n, **self.extra, "git": git_revision()}
+        atomic_write_text(self.path, json.dumps(record, indent=4, allow_nan=False) + "\n")
         logger.info(", ".join(f"{name} {value:.4f}" for name, value in figures.items()) + f" (n = {n}) -> {self.path}")

@@ -40,7 +40,6 @@ class ReconstructionGrid:
         folder: where the PNGs go.
         name: file name without suffix; ``{epoch}`` is replaced.
         count: images in a row.
-        global_epoch: engine whose epoch is written into the name; default: the evaluator's own.
     """
 
     def __init__(self, folder: str | Path, name: str = "epoch_{epoch:04d}", count: int = 8) -> None:

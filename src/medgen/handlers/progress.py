@@ -57,7 +57,8 @@ class TrainingProgress:
         total = engine.state.max_epochs * len(loader) * loader.global_batch_size
         logger.info(
             f"run {self.run_name}: {engine.state.max_epochs} epochs of {len(loader)} steps of "
-            f"{loader.global_batch_size} images on {engine.state.device}, {idist.get_world_size()} process(es)"
+            f"{loader.global_batch_size} images on {engine.state.device} in {engine.precision}, "
+            f"{idist.get_world_size()} process(es)"
         )
         engine.state.images_per_second = 0.0
         self._images, self._busy = 0, 0.0

@@ -1,0 +1,61 @@
+"""Reading plain weights, and seeing that they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from medgen.errors import UserError
+
+__all__ = ["check_same_shapes", "read_state_dict"]
+
+
+def read_state_dict(path: str | Path, shown: str | None = None) -> dict[str, torch.Tensor]:
+    """A bare state dict on the CPU, read with ``weights_only=True``.
+
+    Args:
+        path: the file.
+        shown: what to call it in messages; default: the path.
+
+    Raises:
+        UserError: not a torch file of plain weights, or not one flat state dict.
+    """
+    shown = shown or str(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # a broken or foreign file raises whatever its bytes lead to
+    except Exception as error:
+        raise UserError(
+            f"{shown} is not a file of plain weights ({type(error).__name__}); save the network's state_dict with "
+            "torch.save"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        found = ", ".join(map(str, list(state)[:4])) if isinstance(state, Mapping) else type(state).__name__
+        raise UserError(
+            f"{shown} must be one flat state dict of tensors, got {found}; a checkpoint holds more than the network: "
+            "name the model.pt that was saved beside it"
+        )
+    return dict(state)
+
+
+def check_same_shapes(source: str, expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """See that a state dict fits a network.
+
+    Args:
+        source: where the state dict comes from, for the message.
+        expected: state dict of the network.
+        given: state dict to load.
+
+    Raises:
+        UserError: names the first parameter that does not fit.
+    """
+    for key in [*expected, *(key for key in given if key not in expected)]:
+        if key in expected and key in given and expected[key].shape == given[key].shape:
+            continue
+        want, got = (f"shape {tuple(d[key].shape)}" if key in d else "nothing" for d in (expected, given))
+        raise UserError(
+            f"{source} belongs to another architecture: this network has {want} at {key}, got {got}; use the network "
+            "settings that it was trained with"
+        )
