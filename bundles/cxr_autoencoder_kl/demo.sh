@@ -4,8 +4,9 @@
 set -euo pipefail
 bundle=$(cd "$(dirname "$0")" && pwd)
 cd "$bundle/../.."
-PYTHON=$(realpath -s "${PYTHON:-.venv/bin/python}")
-OUT=$(realpath -m "${OUT:-demo_output}")
+absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac; }
+PYTHON=$(absolute "${PYTHON:-.venv/bin/python}")
+OUT=$(absolute "${OUT:-demo_output}")
 show() {
     printf '\n$'
     for word in "$@"; do
@@ -21,9 +22,9 @@ if [ -z "${DATALIST:-}" ]; then
     show "$PYTHON" -m preprocessing.images --source "$OUT/phantoms/images" --target "$OUT/preprocessed" --size 64
     DATALIST=$OUT/preprocessed/datalist.json
 fi
-DATALIST=$(realpath "$DATALIST")
+DATALIST=$(absolute "$DATALIST")
 data=(--datalist "$DATALIST")
-if [ -n "${DATASET_DIR:-}" ]; then data+=(--dataset_dir "$(realpath "$DATASET_DIR")"); fi
+if [ -n "${DATASET_DIR:-}" ]; then data+=(--dataset_dir "$(absolute "$DATASET_DIR")"); fi
 
 cd "$bundle"
 run=(--output_dir "$OUT/demo_training" --model_path "$OUT/demo_training/model.pt" --tracking configs/tracking.json)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from monai.data import Dataset
+from monai.handlers import TensorBoardStatsHandler
 from monai.networks.nets import PatchDiscriminator
 
 from medgen.data.stream import ResumableDataLoader
 from medgen.engines import AutoencoderKLTrainer
+from medgen.handlers import TrainingProgress, scalars
 from medgen.networks import KLAutoencoder, PosteriorReconstruction
 
 SIDE, BATCH, STEPS, ROUNDS = 64, 8, 6, 9
@@ -39,8 +43,8 @@ def networks() -> tuple[KLAutoencoder, PatchDiscriminator, torch.optim.Optimizer
     return autoencoder, discriminator, g_optimizer, d_optimizer
 
 
-def engine_epoch() -> Callable[[], None]:
-    """An epoch in the engine, data loader included, adversarial term on."""
+def engine_epoch(folder: Path) -> Callable[[], None]:
+    """An epoch in the engine with the bundle's handlers, data loader included, adversarial term on."""
     autoencoder, discriminator, g_optimizer, d_optimizer = networks()
     loader = ResumableDataLoader(Dataset([{"image": image} for image in IMAGES]), batch_size=BATCH)
     trainer = AutoencoderKLTrainer(
@@ -53,6 +57,10 @@ def engine_epoch() -> Callable[[], None]:
         d_optimizer=d_optimizer,
         reconstruction_loss=torch.nn.L1Loss(),
         adversarial_start_epoch=0,
+        train_handlers=[
+            TrainingProgress("bench", keys=("loss", "reconstruction", "kl", "discriminator")),
+            TensorBoardStatsHandler(log_dir=str(folder), iteration_log=10, output_transform=scalars),
+        ],
     )
 
     def run() -> None:
@@ -103,9 +111,10 @@ def run() -> list[tuple[str, float, str]]:
     Returns:
         (name, ratio, detail) per comparison.
     """
-    engine, plain = engine_epoch(), plain_epoch()
-    seconds(engine), seconds(plain)
-    pairs = [(seconds(engine), seconds(plain)) for _ in range(ROUNDS)]
+    with tempfile.TemporaryDirectory() as folder:
+        engine, plain = engine_epoch(Path(folder)), plain_epoch()
+        seconds(engine), seconds(plain)
+        pairs = [(seconds(engine), seconds(plain)) for _ in range(ROUNDS)]
     ratio = statistics.median(ours / theirs for ours, theirs in pairs)
     ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
     detail = f"{BATCH / ours:.1f} images/s against {BATCH / theirs:.1f} ({torch.get_num_threads()} threads)"
