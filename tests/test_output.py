@@ -10,7 +10,7 @@ import pytest
 
 from medgen import output
 from medgen.errors import UserError
-from medgen.output import atomic_write_text, git_revision, prepare_output_dir, run_name
+from medgen.output import atomic_write_text, disable_usage_reports, git_revision, prepare_output_dir, run_name
 
 
 def test_folder_below_a_file_is_refused(tmp_path):
@@ -47,14 +47,31 @@ def test_text_is_written_whole_into_a_new_folder(tmp_path):
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
 
 
-def test_git_revision_names_the_commit_and_says_when_there_are_changes(tmp_path, monkeypatch):
+def test_git_revision_names_the_commit_says_when_there_are_changes_and_leaves_other_repositories_alone(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(output, "__file__", str(tmp_path / "output.py"))
-    assert git_revision() == ""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
-        subprocess.run([*git, *arguments], check=True)
-    (tmp_path / "file").write_text("1")
-    subprocess.run([*git, "add", "file"], check=True)
-    assert re.fullmatch(r"[0-9a-f]{40}\+changes", git_revision())
-    subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
+    (tmp_path / "output.py").write_text("1")
+    assert git_revision() == ""
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    assert git_revision() == ""  # this file is not part of that repository
+    subprocess.run([*git, "add", "output.py"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
     assert re.fullmatch(r"[0-9a-f]{40}", git_revision())
+    (tmp_path / "output.py").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{40}\+changes", git_revision())
+
+
+def test_mlflow_does_not_report_usage_unless_the_environment_allows_it(monkeypatch):
+    import mlflow.telemetry.utils as telemetry
+
+    monkeypatch.setattr(telemetry, "_IS_IN_CI_ENV_OR_TESTING", False)
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    assert not telemetry.is_telemetry_disabled()
+    disable_usage_reports()
+    assert telemetry.is_telemetry_disabled()
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    disable_usage_reports()
+    assert not telemetry.is_telemetry_disabled()
