@@ -7,7 +7,7 @@ import json
 import pytest
 
 from medgen.errors import UserError
-from medgen.settings import check_device, check_multiple, check_names, check_positive, check_whole
+from medgen.settings import check_device, check_multiple, check_names, check_positive, check_whole, flag
 
 
 @pytest.fixture
@@ -61,6 +61,12 @@ def test_number_that_is_not_whole_or_too_small_is_refused(value):
     with pytest.raises(UserError, match="batch_size must be a whole number of at least 1"):
         check_whole(batch_size=value)
     check_whole(0, seed=0)
+
+
+def test_switches_of_the_command_line_mean_what_they_say():
+    assert [flag(value) for value in (True, False, "true", "False")] == [True, False, True, False]
+    with pytest.raises(UserError, match="a switch must be true or false, got 'yes'"):
+        flag("yes")
 
 
 def test_bare_flag_does_not_swallow_the_next_setting(config):

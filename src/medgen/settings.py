@@ -16,7 +16,7 @@ from monai.utils import ensure_tuple
 
 from medgen.errors import UserError
 
-__all__ = ["check_device", "check_multiple", "check_names", "check_positive", "check_whole"]
+__all__ = ["check_device", "check_multiple", "check_names", "check_positive", "check_whole", "flag"]
 
 
 def check_names(argv: Sequence[str] | None = None) -> None:
@@ -64,6 +64,19 @@ def _options(argv: Sequence[str]) -> dict[str, str]:
         elif name and not given[name]:
             given[name] = word
     return given
+
+
+def flag(value: bool | str) -> bool:
+    """A switch of the command line: ``--resume false`` arrives as the text "false", which Python takes for true.
+
+    Raises:
+        UserError: neither true nor false.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise UserError(f"a switch must be true or false, got {value!r}")
 
 
 def check_device(device: torch.device | str) -> None:

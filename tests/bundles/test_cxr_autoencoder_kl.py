@@ -206,7 +206,7 @@ def test_mistakes_in_the_settings_are_one_line(overrides, message, workflow, tmp
 def test_a_second_training_does_not_overwrite_the_first(workflow, tmp_path):
     run(workflow(BUNDLE, "train", tmp_path / "out", max_epochs=1))
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        run(workflow(BUNDLE, "train", tmp_path / "out", max_epochs=1))
+        run(workflow(BUNDLE, "train", tmp_path / "out", max_epochs=1, resume="false"))
     assert_one_line(caught.value, "--resume true, or choose another --output_dir")
 
 
