@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import logging
 import multiprocessing
@@ -17,7 +14,7 @@ import tempfile
 import threading
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +29,7 @@ import typer
 from PIL import Image
 from tqdm import tqdm
 
-from medgen.data.datalist import file_stem, write_datalist
+from medgen.data.datalist import distinct_names, file_stem, printable, write_datalist, write_rejected
 from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
@@ -324,33 +321,25 @@ def make_jobs(source: Path, files: Iterable[str], names: Iterable[str] | None = 
         source: root of the files.
         files: paths relative to it, as :func:`medgen.data.datalist.list_files` gives them.
         names: what the PNGs are named after; default: ``files``.
+
+    Raises:
+        UserError: if a PNG would lie outside of ``TARGET/images``.
     """
     files = list(files)
-    shown = [_printable(file) for file in files]
-    names = shown if names is None else [_printable(name) for name in names]
-    short = [name[: len(name) - len(_base(name))] + file_stem(name) for name in names]
-    times = Counter(name.casefold() for name in short)
-    # ".frame0000" is how frames are told apart: a file of that name keeps its suffix
-    stems = [
-        full if times[name.casefold()] > 1 or re.search(r"\.frame\d+$", name, re.IGNORECASE) else name
-        for name, full in zip(short, names, strict=True)
-    ]
-    times = Counter(stem.casefold() for stem in stems)
-    for number, stem in enumerate(stems):
-        if times[stem.casefold()] > 1 or len(_base(stem).encode()) > 200:
-            folder, base = stem[: len(stem) - len(_base(stem))], _base(stem)
-            digest = hashlib.sha256(shown[number].encode()).hexdigest()[:12]
-            stems[number] = f"{folder}{base.encode()[:180].decode(errors='ignore')}-{digest}"
+    shown = [printable(file) for file in files]
+    names = shown if names is None else [printable(name) for name in names]
+    short = []
+    for name in names:
+        folder, slash, _ = name.rpartition("/")
+        stem = folder + slash + file_stem(name)
+        # ".frame0000" is how frames are told apart: a file of that name keeps its suffix
+        short.append(name if re.search(r"\.frame\d+$", stem, re.IGNORECASE) else stem)
+    stems = distinct_names(short, names, shown)
+    for file, stem in zip(shown, stems, strict=True):
+        # by either slash: the target may be on a disk that is Windows' tomorrow
+        if stem.startswith(("/", "\\")) or "\0" in stem or ".." in re.split(r"[/\\]", stem):
+            raise UserError(f"{file} would be written outside of the target, as {stem!r:.200}; rename it")
     return [Job(str(source / file), name, stem) for file, name, stem in zip(files, shown, stems, strict=True)]
-
-
-def _printable(name: str) -> str:
-    """A file name that is no UTF-8 in a form that can stand in JSON."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _base(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,12 +580,8 @@ def finish(
         UserError: if there is no image at all.
     """
     shutil.rmtree(target / PARTS, ignore_errors=True)
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["file", "reason"])
-    rows.writerows(rejected.items())
     reasons = target / "rejected.csv"
-    atomic_write_text(reasons, table.getvalue())
+    write_rejected(reasons, rejected)
     images = sum(len(items) for items in splits.values())
     if images == 0:
         raise UserError(f"no image could be written, all {len(rejected)} files were rejected; see {reasons}")

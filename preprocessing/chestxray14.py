@@ -9,7 +9,7 @@ Items carry ``labels`` (the 14 findings, [] for "No Finding"), ``age`` in years,
 ``age`` is missing where the table's is impossible (the 2017 table has patients of 411). All views are converted, as all
 published generators of this dataset were trained on all; ``--view PA`` keeps the standing, cleaner ones only.
 
-Rows without an image and images without a row are listed in ``TARGET/rejected.csv``.
+Rows without an image, images without a row and rows whose name is a path are listed in ``TARGET/rejected.csv``.
 
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
 usage; 130 interrupted.
@@ -163,6 +163,10 @@ def convert_chestxray14(
 
     images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     rejected: dict[str, str] = {}
+    for name in [name for name in rows if not _is_plain(name)]:
+        # names become paths below the target, and a table may come from anywhere
+        rejected[name] = f"named in {table.name} by a path, expected a plain file name"
+        del rows[name]
     found = _locate(rows, images, table.name, rejected)
     wanted: dict[str, str] = {}
     left_out = 0
@@ -206,6 +210,10 @@ def convert_chestxray14(
         print(f"left out by --view {view}: {left_out} images")
     rejected = {file: rejected[file] for file in sorted(rejected, key=natural_key)}
     return c.finish(target, "ChestX-ray14", "X-ray", splits, rejected, label_names=list(FINDINGS))
+
+
+def _is_plain(name: str) -> bool:
+    return not any(part in name for part in ("/", "\\", "..", "\0"))
 
 
 def _part(name: str, train_val: set[str] | None, test: set[str] | None) -> str | None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from medgen.data import (
     datalist_hash,
     items_from_folder,
     load_datalist,
+    reader,
     split_by_patient,
     validate_datalist,
     write_datalist,
@@ -310,6 +317,114 @@ def test_folder_without_images_is_refused(tmp_path):
         items_from_folder(tmp_path / "none")
     with pytest.raises(UserError, match="a file"):
         items_from_folder(tmp_path / "labels.csv")
+
+
+@pytest.fixture
+def mixed_folder(tmp_path):
+    """Two plain pictures of one name, a TIFF of three pages, and four files that are no images."""
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    picture = Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10))
+    picture.save(folder / "a.png")
+    picture.save(folder / "a.jpg")
+    picture.save(folder / "deep/run.tif", save_all=True, append_images=[picture] * 2)
+    whole = (folder / "a.png").read_bytes()
+    (folder / "deep/cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.dcm").touch()
+    (folder / "thesis.pdf").write_bytes(b"%PDF-1.7 " + bytes(1000))
+    (folder / os.fsdecode(b"caf\xe9.png")).write_text("no image")
+    (folder / "labels.csv").write_text("file,label\n")
+    return folder
+
+
+def _rejected(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["file"]: row["reason"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_files_of_a_folder_are_tried_and_each_one_not_used_has_its_reason(mixed_folder, tmp_path, capsys, num_workers):
+    items = items_from_folder(mixed_folder, tmp_path / "out/rejected.csv", num_workers)
+
+    assert [item["image"] for item in items] == [
+        str(mixed_folder / name) for name in ("a.jpg", "a.png", "deep/run.tif")
+    ]
+    rejected = _rejected(tmp_path / "out/rejected.csv")
+    assert "truncated or damaged" in rejected.pop("deep/cut.png")
+    assert rejected == {
+        "caf\\xe9.png": "not a PNG, JPEG, TIFF, BMP, DICOM or NIfTI file by its content",
+        "deep/run.tif": (
+            "2 of 3 frames left out, only the first is used; python -m preprocessing.images converts them all"
+        ),
+        "empty.dcm": "empty file (0 bytes)",
+        "thesis.pdf": "not a PNG, JPEG, TIFF, BMP, DICOM or NIfTI file by its content",
+    }
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "3 of 7 files are readable images, 1 of them with further frames" in line
+    assert str(tmp_path / "out/rejected.csv") in line
+
+
+def test_table_of_rejected_files_has_its_header_only_when_all_were_used(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "in/a.png")
+    (tmp_path / "rejected.csv").write_text("file,reason\nold.png,of an earlier run\n")
+
+    items = items_from_folder(tmp_path / "in", tmp_path / "rejected.csv")
+
+    assert items == items_from_folder(tmp_path / "in")
+    assert (tmp_path / "rejected.csv").read_text() == "file,reason\n"
+
+
+def test_folder_without_a_readable_image_is_refused_after_the_reasons_are_written(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").touch()
+    (tmp_path / "in/notes.md").write_text("# no image")
+
+    with pytest.raises(UserError, match=r"none of the 2 files below \S+in is a readable image; see \S+rejected\.csv"):
+        items_from_folder(tmp_path / "in", tmp_path / "rejected.csv")
+
+    assert set(_rejected(tmp_path / "rejected.csv")) == {"a.png", "notes.md"}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "too large for the memory"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (RecursionError("too\ndeep"), "RecursionError: too; deep"),
+    ],
+)
+def test_whatever_a_decoder_raises_is_a_reason_and_no_end(mixed_folder, tmp_path, monkeypatch, error, reason):
+    read = reader.read_some
+
+    def read_some(path, *options):
+        if path.name == "a.png":
+            raise error
+        return read(path, *options)
+
+    monkeypatch.setattr(reader, "read_some", read_some)
+
+    items = items_from_folder(mixed_folder, tmp_path / "rejected.csv")
+
+    assert [Path(item["image"]).name for item in items] == ["a.jpg", "run.tif"]
+    assert _rejected(tmp_path / "rejected.csv")["a.png"] == reason
+
+
+def test_trying_the_files_leaves_the_random_numbers_of_the_run_alone(mixed_folder, tmp_path):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+
+    items_from_folder(mixed_folder, tmp_path / "rejected.csv")
+
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_table_that_cannot_be_written_is_a_user_error(mixed_folder, tmp_path):
+    (tmp_path / "out").touch()
+
+    with pytest.raises(UserError, match=r"out/rejected\.csv cannot be written"):
+        items_from_folder(mixed_folder, tmp_path / "out/rejected.csv")
 
 
 def test_linked_folders_are_entered_once_and_loops_end(tmp_path):

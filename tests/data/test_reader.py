@@ -29,6 +29,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from medgen.data import reader
 from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.errors import UserError
 
@@ -249,6 +250,18 @@ def test_each_page_of_a_tiff_is_a_frame(tmp_path):
 
     assert [frame.index for frame in frames] == [0, 1, 2]
     np.testing.assert_allclose([frame.pixels.mean() for frame in frames], [0, 0.2, 1], rtol=1e-6)
+
+
+def test_each_frame_knows_how_many_its_file_has(tmp_path):
+    pages = [Image.fromarray(np.full((4, 5), level, np.uint8)) for level in (0, 51, 255)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    write_dicom(tmp_path / "x.dcm", np.stack([F8] * 4))
+    nib.Nifti1Image(np.zeros((6, 7, 5), np.float32), np.eye(4)).to_filename(tmp_path / "x.nii")
+    write_png(tmp_path / "x.png")
+
+    for name, count in (("x.tif", 3), ("x.dcm", 4), ("x.nii", 5), ("x.png", 1)):
+        assert [frame.count for frame in read_frames(tmp_path / name)] == [count] * count
+        assert [frame.count for frame in reader.read_some(tmp_path / name, None, 0)] == [count]
 
 
 def test_only_the_first_picture_of_an_animated_png_is_read(tmp_path):
@@ -702,6 +715,42 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path, monke
 
     for name in ("x.png", "x.dcm", "x.nii.gz"):
         assert "too many pixels" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("frames", "colour", "size"), [(4000, False, "4000 x 1024 x 1024"), (400, True, "400 x 1024 x 1024 x 3")]
+)
+def test_run_of_frames_that_would_fill_the_memory_is_refused_before_any_is_decoded(tmp_path, frames, colour, size):
+    # the pixel data is far too short: that nothing is said of it shows that nothing was decoded
+    stored = np.zeros((2, 2, 3) if colour else (2, 2), np.uint8)
+    path = write_dicom(tmp_path / "x.dcm", stored, NumberOfFrames=frames, Rows=1024, Columns=1024)
+
+    assert refusal(path) == f"too many voxels in one file: {size} is more than 1073741824; split it"
+
+
+def test_pages_that_would_fill_the_memory_together_are_refused_before_any_is_decoded(tmp_path, monkeypatch):
+    pages = [Image.fromarray(np.zeros((10, side), np.uint8)) for side in (10, 20, 30)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    monkeypatch.setattr(reader, "MAX_VOXELS", 600)
+    assert len(read_frames(tmp_path / "x.tif")) == 3
+    monkeypatch.setattr(reader, "MAX_VOXELS", 599)
+    decoded = []
+    monkeypatch.setattr(reader, "_picture_pixels", decoded.append)
+
+    assert "too many voxels in one file: 600 is more than 599" in refusal(tmp_path / "x.tif")
+    assert not decoded
+
+
+def test_one_frame_of_a_file_too_large_as_a_whole_can_be_read(tmp_path, monkeypatch):
+    pages = [Image.fromarray(F8)] * 3
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    write_dicom(tmp_path / "x.dcm", np.stack([F8] * 3))
+    monkeypatch.setattr(reader, "MAX_VOXELS", F8.size)
+
+    for name in ("x.tif", "x.dcm"):
+        assert "too many voxels" in refusal(tmp_path / name)
+        (frame,) = reader.read_some(tmp_path / name, None, 2)
+        assert frame.pixels.shape == F8.shape
 
 
 @pytest.mark.parametrize("window", [(40, 0), (40, -1), (40,), (40, float("nan")), (1, 2, 3)])

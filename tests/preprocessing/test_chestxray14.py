@@ -141,6 +141,29 @@ def test_missing_unlisted_and_doubled_images_have_rows_and_jpeg_copies_are_found
     }
 
 
+def test_table_names_that_are_paths_are_rejected_and_nothing_leaves_the_target(tmp_path):
+    paths = ["../../../../escaped/evil.png", "..\\..\\worse.png", "/bad.png", "deep/down.png"]
+    rows = [f"{path},Mass,0,{number + 10},50,M,PA,32,32,0.1,0.1," for number, path in enumerate(paths)]
+    pictures = ["evil.jpg", "worse.jpg", "bad.jpg", "down.png", "00000001_000.png"]
+    _make(tmp_path / "s", pictures, rows=[*rows, ROWS[0]])
+    target = tmp_path / "1/2/3/4/5/6/7/t"
+    before = set(tmp_path.rglob("*"))
+
+    code = _run("--source", tmp_path / "s", "--target", target, "--size", 32)
+
+    written = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
+    with open(target / "rejected.csv", newline="") as file:
+        rejected = {row["file"]: row["reason"] for row in csv.DictReader(file)}
+    assert code == 3
+    assert all(path.is_relative_to(target) for path in written)
+    assert {path.name for path in written if path.suffix == ".png"} == {"00000001_000.png"}
+    assert set(_items(target)) == {"00000001_000"}
+    assert rejected == {
+        **dict.fromkeys(paths, "named in Data_Entry_2017.csv by a path, expected a plain file name"),
+        **dict.fromkeys(pictures[:4], "not listed in Data_Entry_2017.csv"),
+    }
+
+
 def test_source_without_table_or_images_is_refused(tmp_path, capsys):
     (tmp_path / "s").mkdir()
     assert _run("--source", tmp_path / "s", "--target", tmp_path / "t") == 1

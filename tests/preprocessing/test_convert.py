@@ -155,6 +155,19 @@ def test_no_two_files_share_a_name():
     assert len({stem.casefold() for stem in stems}) == len(files)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["../../../../escaped/evil.png", "/evil.png", "a/../../b.png", "a\\..\\..\\b.png", "\\\\host\\b", "a\0b.png"],
+)
+def test_name_that_would_leave_the_target_is_refused(name):
+    with pytest.raises(UserError, match=r"^evil\.jpg would be written outside of the target"):
+        c.make_jobs(Path("s"), ["good.png", "evil.jpg"], ["good.png", name])
+
+
+def test_name_with_two_dots_inside_stays_usable():
+    assert [job.stem for job in c.make_jobs(Path("s"), ["a..b/c..d.png", "..."])] == ["a..b/c..d", "..."]
+
+
 def test_names_that_are_too_long_or_no_utf8_are_made_safe():
     files = ["a" * 240 + ".png", "a" * 241 + ".png", os.fsdecode(b"caf\xe9.png")]
 

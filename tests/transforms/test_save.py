@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -117,6 +118,46 @@ def test_two_inputs_of_one_name_are_refused_rather_than_one_lost(tmp_path):
 
     with pytest.raises(UserError, match=r"p1/a\.png and p2/a\.png would both be saved as"):
         save(tensor(np.zeros((1, 2, 2)), "p2/a.png"))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_inputs_of_one_name_keep_their_suffix_and_others_do_not(tmp_path, order):
+    # DICOM files often end in a number, which is no suffix; "A" is "a" on some file systems
+    names = ["p1/a.png", "p1/A.dcm", "p1/a.nii.gz", "p1/b.png", "p2/a.png", "p2/1.2.3", "p2/1.2.4"]
+    sources = [str(tmp_path / "root" / name) for name in names]
+    save = SaveArrayd("x", tmp_path / "out", data_root=tmp_path / "root", postfix="_mean", inputs=sources)
+
+    for number in range(len(names))[::order]:  # whichever comes first
+        save({"x": tensor(np.full((1, 2, 2), number, np.float32), sources[number])})
+
+    saved = {path.relative_to(tmp_path / "out").as_posix(): np.load(path).max() for path in tmp_path.rglob("*.npy")}
+    assert saved == {
+        "p1/a.png_mean.npy": 0,
+        "p1/A.dcm_mean.npy": 1,
+        "p1/a.nii.gz_mean.npy": 2,
+        "p1/b_mean.npy": 3,
+        "p2/a_mean.npy": 4,
+        "p2/1.2.3_mean.npy": 5,
+        "p2/1.2.4_mean.npy": 6,
+    }
+
+
+def test_inputs_of_one_file_name_in_one_output_folder_are_told_apart_by_a_digest(tmp_path):
+    sources = ["p1/a.png", "p2/a.png", "p2/a.png", "p3/b.png"]  # no data_root: all outputs go into one folder
+    save = SavePNG(tmp_path, inputs=sources)
+
+    for number, source in enumerate(sources):
+        save(tensor(np.full((1, 2, 2), number / 255), source))
+
+    levels = {path.name: np.asarray(Image.open(path)).max() for path in tmp_path.iterdir()}
+    assert levels.pop("b.png") == 3
+    assert sorted(levels.values()) == [0, 2]
+    assert all(re.fullmatch(r"a\.png-[0-9a-f]{12}\.png", name) for name in levels)
+
+
+def test_inputs_outside_the_data_root_are_refused_before_any_is_saved(tmp_path):
+    with pytest.raises(UserError, match="expected a file below data_root"):
+        SavePNG(tmp_path / "out", data_root=tmp_path / "root", inputs=[tmp_path / "elsewhere" / "a.png"])
 
 
 @pytest.mark.parametrize("name", ["", "..", "folder/"])

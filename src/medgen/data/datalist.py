@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import math
 import ntpath
@@ -20,14 +22,17 @@ from medgen.output import atomic_write_text
 
 __all__ = [
     "datalist_hash",
+    "distinct_names",
     "file_stem",
     "items_from_folder",
     "list_files",
     "load_datalist",
     "natural_key",
+    "printable",
     "split_by_patient",
     "validate_datalist",
     "write_datalist",
+    "write_rejected",
 ]
 
 Item = dict[str, Any]
@@ -35,6 +40,7 @@ Item = dict[str, Any]
 SPLITS = ("training", "validation", "test")
 PATH_FIELDS = ("image", "mask", "anomaly_mask")  # joined to dataset_dir on loading
 NOT_IMAGES = (".csv", ".json", ".txt")
+LONGEST_NAME = 200  # bytes; file systems allow 255, of which suffixes and frame numbers need some
 
 # Only these are cut off a name: DICOM files often end in a UID, whose last number is no suffix.
 _SUFFIX = re.compile(
@@ -98,23 +104,129 @@ def list_files(folder: str | os.PathLike) -> list[str]:
     return sorted(found, key=natural_key)
 
 
-def items_from_folder(folder: str | os.PathLike) -> list[Item]:
+def printable(name: str) -> str:
+    """A file name that is no UTF-8 in a form that can stand in JSON and CSV."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def distinct_names(short: Sequence[str], full: Sequence[str], sources: Sequence[str] | None = None) -> list[str]:
+    """Names for the outputs of files, no two the same, on file systems that ignore case, too.
+
+    Args:
+        short: the name that each file shall have if no other does, such as its path without suffix.
+        full: what those have whose short names meet: ``b.jpg`` and ``b.dcm`` in the place of two ``b``.
+        sources: what tells the files apart for certain; names that meet still, or are too long for a file system, end
+            in a digest of it. Default: ``full``.
+
+    Returns:
+        One name per file, in their order.
+    """
+    times = Counter(name.casefold() for name in short)
+    names = [long if times[name.casefold()] > 1 else name for name, long in zip(short, full, strict=True)]
+    times = Counter(name.casefold() for name in names)
+    for number, (name, source) in enumerate(zip(names, full if sources is None else sources, strict=True)):
+        folder, slash, base = name.rpartition("/")
+        if times[name.casefold()] > 1 or len(os.fsencode(base)) > LONGEST_NAME:
+            digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
+            names[number] = f"{folder}{slash}{os.fsencode(base)[: LONGEST_NAME - 20].decode(errors='ignore')}-{digest}"
+    return names
+
+
+def write_rejected(path: str | os.PathLike, rejected: Mapping[str, str]) -> None:
+    """Write the CSV (``file, reason``) of what a command could not use; without any it has its header only."""
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["file", "reason"])
+    rows.writerows((printable(file), reason) for file, reason in rejected.items())
+    try:
+        atomic_write_text(path, table.getvalue())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def items_from_folder(
+    folder: str | os.PathLike, rejected: str | os.PathLike | None = None, num_workers: int = 0
+) -> list[Item]:
     """Datalist items for a folder of images without a datalist, for inference.
 
     Args:
         folder: searched with all folders below it; hidden files, CSV, JSON and TXT are passed over.
+        rejected: CSV to write (``file, reason``). Every file is then read once beforehand: one that is no readable
+            image is left out and has a row there, and so has one with several frames, of which the first is used.
+            None: every file is taken, unread.
+        num_workers: processes that read; 0 reads in this one.
 
     Returns:
         ``{"image": path, "patient": file name without suffix}`` in natural order (``image2`` before ``image10``);
         paths begin with ``folder``.
 
     Raises:
-        UserError: if ``folder`` is no folder or holds no file.
+        UserError: if ``folder`` is no folder or holds no file, or none that can be read, or if ``rejected`` cannot be
+            written.
     """
     files = [file for file in list_files(folder) if not file.lower().endswith(NOT_IMAGES)]
     if not files:
         raise UserError(f"expected images below {folder}, got an empty folder; name the folder that holds them")
+    if rejected is not None:
+        files = _readable(folder, files, rejected, num_workers)
     return [{"image": os.path.join(folder, file), "patient": file_stem(file)} for file in files]
+
+
+class _FrameCounts:
+    """Map-style data set over files: the number of frames and, if that is 0, the reason."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> tuple[int, str]:
+        from medgen.data.reader import UnreadableImageError, one_line, read_some
+
+        try:
+            return read_some(Path(self.paths[number]), None, 0)[0].count, ""
+        except UnreadableImageError as error:
+            return 0, str(error)
+        except MemoryError:
+            return 0, "too large for the memory"
+        except OSError as error:
+            return 0, one_line(error.strerror or error)
+        except Exception as error:  # one odd file must not stop the rest
+            return 0, f"{type(error).__name__}: {one_line(error)}"
+
+
+def _readable(folder: str | os.PathLike, files: list[str], rejected: str | os.PathLike, num_workers: int) -> list[str]:
+    """The files whose first frame can be read; the others, and those with more frames, go to the CSV."""
+    # here, since whoever imports this module does not want to wait for torch
+    import torch
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    paths = [os.path.join(folder, file) for file in files]
+    # Processes, since the reader silences its decoders through filters of warnings, which threads share. A generator
+    # of their own, since a DataLoader draws from torch's: the check must not change what a seed gives.
+    loader = DataLoader(_FrameCounts(paths), batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    rows, used, several = {}, [], 0
+    checked = tqdm(loader, desc="checking", unit="file", leave=False, disable=None)
+    for file, (count, reason) in zip(files, checked, strict=True):
+        if count:
+            used.append(file)
+        if count > 1:
+            several += 1
+            left_out = f"{count - 1} of {count} frames left out, only the first is used"
+            reason = f"{left_out}; python -m preprocessing.images converts them all"
+        if reason:
+            rows[file] = reason
+    write_rejected(rejected, rows)
+    if not used:
+        raise UserError(f"none of the {len(files)} files below {folder} is a readable image; see {rejected}")
+    print(
+        f"{folder}: {len(used)} of {len(files)} files are readable images, {several} of them with further frames that "
+        f"are left out; reasons: {rejected}",
+        flush=True,
+    )
+    return used
 
 
 def split_by_patient(

@@ -66,6 +66,7 @@ class Frame:
     Attributes:
         pixels: (H, W) grey or (H, W, 3) colour, float32 in [0, 1], 0 is black.
         index: frame or slice number in its file, from 0; NIfTI slices are counted from the feet up.
+        count: number of frames or slices in its file.
         modality: DICOM Modality; empty where the file does not say.
         patient: DICOM PatientID; None where the file does not say.
         meta: what else the file says, as text, keys only where known: ``format``, ``window`` (how values became
@@ -78,6 +79,7 @@ class Frame:
     modality: str = ""
     patient: str | None = None
     meta: dict[str, str] = field(default_factory=dict)
+    count: int = 1
 
 
 def read_frames(path: str | PathLike[str], *, window: tuple[float, float] | None = None) -> list[Frame]:
@@ -130,7 +132,7 @@ def read_some(path: Path, window: tuple[float, float] | None, only: int | None) 
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the system's word on the disk or the network, not a decoder's on the file
         said = str(error).replace(str(path), path.name) or type(error).__name__
-        raise UnreadableImageError(f"cannot be decoded, truncated or damaged: {_one_line(said)}") from error
+        raise UnreadableImageError(f"cannot be decoded, truncated or damaged: {one_line(said)}") from error
 
 
 def _kind(path: Path) -> str:
@@ -181,10 +183,13 @@ def _picture_frames(path: Path, only: int | None) -> list[Frame]:
     except Image.UnidentifiedImageError:
         raise UnreadableImageError("begins like a picture but has no readable header; truncated or damaged") from None
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"too many pixels: {_one_line(error)}") from error
+        raise UnreadableImageError(f"too many pixels: {one_line(error)}") from error
     with opened as image:
         # pages of a TIFF are pictures; further images in a JPEG are previews, in a PNG an animation
-        numbers = _chosen(getattr(image, "n_frames", 1) if image.format == "TIFF" else 1, only)
+        count = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        numbers = _chosen(count, only)
+        if len(numbers) > 1:
+            _check_volume(_page_values(image))
         frames = []
         for number in numbers:
             if number:
@@ -194,8 +199,18 @@ def _picture_frames(path: Path, only: int | None) -> list[Frame]:
             # Pillow inverts WhiteIsZero (film scans) at 8 bits but not at 16
             negative = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(262) == 0
             pixels = _picture_pixels(ImageOps.exif_transpose(image))
-            frames.append(_frame(1 - pixels if negative else pixels, number, meta=meta))
+            frames.append(_frame(1 - pixels if negative else pixels, number, count, meta=meta))
         return frames
+
+
+def _page_values(image: Image.Image) -> int:
+    """Number of values of all pages of a TIFF together, by their headers alone: no two need be alike."""
+    total = 0
+    for number in range(image.n_frames):
+        image.seek(number)
+        total += image.height * image.width * (1 if image.mode in ("1", "L", "I", "F") or ";" in image.mode else 3)
+    image.seek(0)
+    return total
 
 
 def _picture_pixels(image: Image.Image) -> np.ndarray:
@@ -232,7 +247,7 @@ def _dicom_frames(path: Path, window: tuple[float, float] | None, only: int | No
         # pydicom returns what came before the end of a file that was cut off, and only warns
         cut = [str(note.message).split(" in file ")[0] for note in notes if "nd of file" in str(note.message)]
         if cut:
-            raise UnreadableImageError(f"truncated DICOM file: {_one_line(cut[0])}")
+            raise UnreadableImageError(f"truncated DICOM file: {one_line(cut[0])}")
         if "Image Storage" in sop_class.name:
             raise UnreadableImageError("DICOM image without pixel data, truncated or stored without it")
         raise UnreadableImageError(f"DICOM object without an image ({sop_class.name or 'no SOP class'})")
@@ -252,8 +267,12 @@ def _dicom_frames(path: Path, window: tuple[float, float] | None, only: int | No
     meta["transfer_syntax"] = str(ds.file_meta.TransferSyntaxUID)
     meta["format"] = "DICOM"
     meta = {key: value for key, value in meta.items() if value}
+    count = int(ds.get("NumberOfFrames") or 1)
+    numbers = _chosen(count, only)
+    in_colour = ds.get("SamplesPerPixel", 1) == 3 or "RedPaletteColorLookupTableDescriptor" in ds
+    _check_volume(len(numbers), int(ds.Rows), int(ds.Columns), *([3] if in_colour else []))
     frames = []
-    for number in _chosen(int(ds.get("NumberOfFrames") or 1), only):
+    for number in numbers:
         stored = _decoded(ds, number)
         if ds.get("SamplesPerPixel", 1) == 3:
             pixels, how = stored.astype(np.float32) / (2 ** int(ds.BitsStored) - 1), "colour"
@@ -266,6 +285,7 @@ def _dicom_frames(path: Path, window: tuple[float, float] | None, only: int | No
             _frame(
                 pixels,
                 number,
+                count,
                 modality=str(ds.get("Modality") or ""),
                 patient=str(ds.get("PatientID") or "") or None,
                 meta={**meta, "window": how},
@@ -282,7 +302,7 @@ def _decoded(ds: pydicom.Dataset, number: int) -> np.ndarray:
         # one line per decoder; GDCM's is an accident of its wrapper and says nothing
         lines = [line for line in str(error).splitlines() if "NoneType" not in line and "all available" not in line]
         syntax = ds.file_meta.TransferSyntaxUID.name
-        detail = _one_line("\n".join(lines) or "no decoder could read it")
+        detail = one_line("\n".join(lines) or "no decoder could read it")
         raise UnreadableImageError(f"truncated, damaged or unsupported pixel data ({syntax}): {detail}") from error
 
 
@@ -430,7 +450,8 @@ def _nifti_frames(path: Path, window: tuple[float, float] | None, only: int | No
         plane = np.take(volume, number, axis=axis)
         plane = _scaled(plane, low, high) if window is None else _window(plane, *window, "LINEAR_EXACT")
         # canonical axes grow to the patient's right, front and head: reversed, right is left and front (head) is top
-        frames.append(_frame(plane[::-1, ::-1].T, number, meta={"format": "NIfTI", "window": how}))
+        meta = {"format": "NIfTI", "window": how}
+        frames.append(_frame(plane[::-1, ::-1].T, number, volume.shape[axis], meta=meta))
     return frames
 
 
@@ -441,8 +462,7 @@ def _canonical(image: SpatialImage) -> np.ndarray:
         shape = shape[:-1]
     if len(shape) not in (2, 3):
         raise UnreadableImageError(f"expected a 2-D or 3-D NIfTI image, got {len(shape)}-D {image.shape}; split it")
-    if math.prod(shape) > MAX_VOXELS:
-        raise UnreadableImageError(f"too many voxels: {shape} is more than {MAX_VOXELS}")
+    _check_volume(*shape)
     _check_size(*shape[:2])
     if image.get_data_dtype().fields or image.get_data_dtype().kind == "c":
         raise UnreadableImageError(f"expected grey NIfTI voxels, got {image.get_data_dtype()}")
@@ -458,14 +478,19 @@ def _canonical(image: SpatialImage) -> np.ndarray:
 
 
 def _frame(
-    pixels: np.ndarray, index: int, modality: str = "", patient: str | None = None, meta: dict[str, str] | None = None
+    pixels: np.ndarray,
+    index: int,
+    count: int,
+    modality: str = "",
+    patient: str | None = None,
+    meta: dict[str, str] | None = None,
 ) -> Frame:
     """A frame of checked, clipped, contiguous pixels; colour without colour becomes grey."""
     _check_finite(pixels)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
     pixels = np.ascontiguousarray(np.clip(pixels, 0, 1), dtype=np.float32)
-    return Frame(pixels, index, modality, patient, meta or {})
+    return Frame(pixels, index, modality, patient, meta or {}, count)
 
 
 def _full_range(values: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
@@ -495,6 +520,13 @@ def _check_size(height: int, width: int) -> None:
         raise UnreadableImageError(f"too many pixels: {height} x {width} is more than {limit}")
 
 
+def _check_volume(*shape: int) -> None:
+    """Refuse, before anything is decoded, what would fill the memory: the kernel ends a process without a word."""
+    if math.prod(shape) > MAX_VOXELS:
+        size = " x ".join(map(str, shape))
+        raise UnreadableImageError(f"too many voxels in one file: {size} is more than {MAX_VOXELS}; split it")
+
+
 def _check_finite(values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         raise UnreadableImageError("the image has values that are not finite (NaN or infinity)")
@@ -510,7 +542,7 @@ def checked_window(window: Sequence[float] | None) -> tuple[float, float] | None
     return float(numbers[0]), float(numbers[1])
 
 
-def _one_line(error: object) -> str:
+def one_line(error: object) -> str:
     """What an exception says, on one line that fits a table."""
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."

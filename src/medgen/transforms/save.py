@@ -15,6 +15,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_numpy, ensure_tuple
 from PIL import Image
 
+from medgen.data.datalist import distinct_names
 from medgen.errors import UserError
 
 __all__ = ["SaveArray", "SaveArrayd", "SavePNG", "SavePNGd"]
@@ -31,12 +32,20 @@ class _Save(Transform):
         data_root: folder of the inputs; their sub-folders are repeated below ``output_dir``. Empty: all files go into
             ``output_dir`` itself.
         postfix: goes between the input's name and the suffix.
+        inputs: paths of all inputs of a run. Those whose outputs would have one name (``a.png`` beside ``a.dcm``) keep
+            their own suffix in it. Without, the second one of them is an error.
     """
 
     backend: ClassVar[list[TransformBackends]] = [TransformBackends.NUMPY]
     suffix = ""
 
-    def __init__(self, output_dir: str | PathLike[str], data_root: str | PathLike[str] = "", postfix: str = "") -> None:
+    def __init__(
+        self,
+        output_dir: str | PathLike[str],
+        data_root: str | PathLike[str] = "",
+        postfix: str = "",
+        inputs: Sequence[str | PathLike[str]] = (),
+    ) -> None:
         if not str(output_dir):
             raise UserError("output_dir must name a folder, got an empty text")
         if "/" in postfix or "\\" in postfix:
@@ -45,6 +54,23 @@ class _Save(Transform):
         self.data_root = str(data_root)
         self.postfix = postfix
         self._sources: dict[Path, str] = {}
+        sources = list(dict.fromkeys(os.path.abspath(source) for source in inputs))
+        short, full = [], []
+        for source in sources:
+            folder, name = self._folder(source), os.path.basename(source)
+            short.append((folder / _SUFFIX.sub("", name)).as_posix())
+            full.append((folder / name).as_posix())
+        self._names = dict(zip(sources, distinct_names(short, full, sources), strict=True))
+
+    def _folder(self, source: str) -> Path:
+        """Folder of an input relative to ``data_root``, or a UserError if it lies elsewhere."""
+        if not self.data_root:
+            return Path()
+        # by the letter, without following links: data sets are often linked together from several places
+        folder = Path(os.path.relpath(os.path.dirname(os.path.abspath(source)), os.path.abspath(self.data_root)))
+        if ".." in folder.parts:
+            raise UserError(f"expected a file below data_root {self.data_root}, got {source}; set data_root")
+        return folder
 
     def path(self, img: NdarrayOrTensor, meta_data: Mapping[str, Any] | None = None) -> Path:
         """Where an image goes.
@@ -54,7 +80,8 @@ class _Save(Transform):
             meta_data: metadata of any other image; ``filename_or_obj`` names its file.
 
         Returns:
-            ``output_dir / <folder of the input relative to data_root> / <name><postfix><suffix>``.
+            ``output_dir / <folder of the input relative to data_root> / <name><postfix><suffix>``; the name is without
+            the input's suffix unless another of the ``inputs`` would have the same.
 
         Raises:
             UserError: if the input has no name, lies outside ``data_root``, or would be overwritten, or if another
@@ -65,13 +92,8 @@ class _Save(Transform):
         name = _SUFFIX.sub("", os.path.basename(source))
         if not name or name in (".", ".."):
             raise UserError(f"expected metadata with the file name of the image (filename_or_obj), got {source!r}")
-        folder = Path()
-        if self.data_root:
-            # by the letter, without following links: data sets are often linked together from several places
-            folder = Path(os.path.relpath(os.path.dirname(os.path.abspath(source)), os.path.abspath(self.data_root)))
-            if ".." in folder.parts:
-                raise UserError(f"expected a file below data_root {self.data_root}, got {source}; set data_root")
-        path = self.output_dir / folder / f"{name}{self.postfix}{self.suffix}"
+        stem = self._names.get(os.path.abspath(source)) or str(self._folder(source) / name)
+        path = self.output_dir / f"{stem}{self.postfix}{self.suffix}"
         if not path.resolve().is_relative_to(self.output_dir.resolve()):
             raise UserError(f"{path} lies outside output_dir {self.output_dir} through a link; remove the link")
         if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
@@ -154,6 +176,8 @@ class SavePNG(_Save):
             ``output_dir`` itself.
         bits: 8, or 16 for grey images.
         postfix: goes between the input's name and ``.png``.
+        inputs: paths of all inputs of a run. Those whose outputs would have one name (``a.png`` beside ``a.dcm``) keep
+            their own suffix in it. Without, the second one of them is an error.
 
     Raises:
         UserError: if ``bits`` is neither 8 nor 16.
@@ -162,9 +186,14 @@ class SavePNG(_Save):
     suffix = ".png"
 
     def __init__(
-        self, output_dir: str | PathLike[str], data_root: str | PathLike[str] = "", bits: int = 8, postfix: str = ""
+        self,
+        output_dir: str | PathLike[str],
+        data_root: str | PathLike[str] = "",
+        bits: int = 8,
+        postfix: str = "",
+        inputs: Sequence[str | PathLike[str]] = (),
     ) -> None:
-        super().__init__(output_dir, data_root, postfix)
+        super().__init__(output_dir, data_root, postfix, inputs)
         if bits not in (8, 16):
             raise UserError(f"bits must be 8 or 16, got {bits}")
         self.bits = bits
@@ -195,6 +224,7 @@ class SavePNGd(_Saved):
             ``_<key>`` for several.
         name_key: key whose value names the file, a ``MetaTensor`` or a path; None: the image itself does.
         allow_missing_keys: whether to skip keys that an item lacks.
+        inputs: see :class:`SavePNG`.
 
     Raises:
         UserError: if two keys have the same postfix.
@@ -209,9 +239,10 @@ class SavePNGd(_Saved):
         postfix: Sequence[str] | str | None = None,
         name_key: Hashable | None = None,
         allow_missing_keys: bool = False,
+        inputs: Sequence[str | PathLike[str]] = (),
     ) -> None:
         super().__init__(
-            keys, lambda text: SavePNG(output_dir, data_root, bits, text), postfix, name_key, allow_missing_keys
+            keys, lambda text: SavePNG(output_dir, data_root, bits, text, inputs), postfix, name_key, allow_missing_keys
         )
 
 
@@ -223,6 +254,7 @@ class SaveArray(_Save):
         data_root: see :class:`SavePNG`.
         dtype: ``float32`` or ``float16``.
         postfix: goes between the input's name and ``.npy``.
+        inputs: see :class:`SavePNG`.
 
     Raises:
         UserError: if ``dtype`` is another type.
@@ -236,8 +268,9 @@ class SaveArray(_Save):
         data_root: str | PathLike[str] = "",
         dtype: str = "float32",
         postfix: str = "",
+        inputs: Sequence[str | PathLike[str]] = (),
     ) -> None:
-        super().__init__(output_dir, data_root, postfix)
+        super().__init__(output_dir, data_root, postfix, inputs)
         if dtype not in ("float16", "float32"):
             raise UserError(f"dtype must be float16 or float32, got {dtype}")
         self.dtype = dtype
@@ -264,6 +297,7 @@ class SaveArrayd(_Saved):
             ``_<key>`` for several.
         name_key: key whose value names the file, a ``MetaTensor`` or a path; None: the image itself does.
         allow_missing_keys: whether to skip keys that an item lacks.
+        inputs: see :class:`SavePNG`.
 
     Raises:
         UserError: if two keys have the same postfix.
@@ -278,7 +312,12 @@ class SaveArrayd(_Saved):
         postfix: Sequence[str] | str | None = None,
         name_key: Hashable | None = None,
         allow_missing_keys: bool = False,
+        inputs: Sequence[str | PathLike[str]] = (),
     ) -> None:
         super().__init__(
-            keys, lambda text: SaveArray(output_dir, data_root, dtype, text), postfix, name_key, allow_missing_keys
+            keys,
+            lambda text: SaveArray(output_dir, data_root, dtype, text, inputs),
+            postfix,
+            name_key,
+            allow_missing_keys,
         )
