@@ -590,7 +590,7 @@ def finish(
         print(f"{split}: {len(items)} images of {len({item['patient'] for item in items})} patients")
     empty = [split for split, items in splits.items() if not items]
     if empty:
-        print(f"note: {' and '.join(empty)} empty: there are fewer patients than splits", file=sys.stderr)
+        print(f"note: no images for {' and '.join(empty)}: too few patients, or --split says so", file=sys.stderr)
     why = f" (reasons: {reasons})" if rejected else ""
     print(
         f"wrote {images} images, rejected {len(rejected)} files{why}; datalist: {target / 'datalist.json'}", flush=True

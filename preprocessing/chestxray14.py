@@ -153,7 +153,7 @@ def convert_chestxray14(
     table = entries or _one_file(source, files, r"Data_Entry_2017.*\.csv")
     if table is None:
         raise UserError(
-            f"expected Data_Entry_2017*.csv below --source {source}, got none; copy it there or --entries it"
+            f"expected Data_Entry_2017*.csv below --source {source}, got none; copy it there or name it with --entries"
         )
     rows = read_entries(table)
     train_val, test = None, None

@@ -204,6 +204,17 @@ def convert_images(
             "target makes them alike",
             file=sys.stderr,
         )
+    unnamed = sum(
+        not outcome.patient and "patient" not in fields.get(file, {})
+        for file, outcome in outcomes.items()
+        if outcome.images
+    )
+    if unnamed:
+        print(
+            f"note: {unnamed} of {len(written)} files name no patient: each file name counts as one; if a patient has "
+            "several, give --labels CSV with a column patient, or the splits will share patients",
+            file=sys.stderr,
+        )
     said = Counter(outcome.modality for outcome in written if outcome.modality)
     modality = modality or (min(said, key=lambda m: (-said[m], m)) if said else "unknown")
     classes = sorted({item["label"] for item in items if "label" in item})

@@ -62,6 +62,11 @@ def test_a_users_mistake_is_printed_as_one_line_with_status_1():
     assert (done.returncode, done.stderr) == (1, "error: size must be 64\n")
 
 
+def test_an_interrupt_is_one_line_that_says_how_to_go_on():
+    done = run("raise KeyboardInterrupt")
+    assert done.stderr == "interrupted; a training goes on from its last checkpoint with --resume true\n"
+
+
 def test_other_errors_keep_their_traceback():
     done = run("1 / 0")
     assert done.returncode == 1

@@ -420,6 +420,16 @@ def test_weights_from_elsewhere_are_registered_instead_of_the_bundles_own(vector
         register_bundle(vector_bundle, "vectors", store, weights=tmp_path / "absent.pt")
 
 
+def test_figures_of_other_weights_are_refused(vector_bundle, store, tmp_path):
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps({"l1": 0.1, "model_sha256": "0" * 64}))
+    with pytest.raises(UserError, match=r"metrics\.json was measured with other weights; evaluate the weights"):
+        register_bundle(vector_bundle, "vectors", store, metrics=metrics)
+    own = hashlib.sha256((vector_bundle / "models" / "model.pt").read_bytes()).hexdigest()
+    metrics.write_text(json.dumps({"l1": 0.1, "model_sha256": own}))
+    assert register_bundle(vector_bundle, "vectors", store, metrics=metrics) == 1
+
+
 def test_overlay_is_what_the_weights_are_checked_against(vector_bundle, tmp_path):
     overlay = tmp_path / "wide.json"
     overlay.write_text('{"width": 6}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Sized
 
 import torch
@@ -26,6 +27,8 @@ def start() -> None:
             "torchrun --nproc_per_node=N -m monai.bundle run --config_file \"['configs/train.json',"
             "'configs/multi_gpu_train.json']\""
         )
+    # torch 2.15 calls it forward_sync_buffers, of which older ones do not know
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank() > 0:

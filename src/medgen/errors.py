@@ -51,7 +51,9 @@ def one_line_errors() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = find_user_error(error)
-        if message is None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted; a training goes on from its last checkpoint with --resume true", file=sys.stderr)
+        elif message is None:
             previous(kind, error, trace)
         else:
             print(f"error: {message}", file=sys.stderr)

@@ -115,6 +115,9 @@ def register_bundle(
         stage = Path(folder)
         staged = stage / "bundle"
         _stage(root, staged, overlays, weights)
+        weights_sha256 = _sha256(staged / "models" / "model.pt")
+        if notes.get("model_sha256", weights_sha256) != weights_sha256:
+            raise UserError(f"{metrics} was measured with other weights; evaluate the weights that you register")
         metadata = _read_json(staged / "configs" / "metadata.json", root / "configs" / "metadata.json")
         about = {"bundle": root.name, "bundle_version": str(metadata.get("version", ""))}
         model = _save_model(stage, metadata, about)

@@ -57,5 +57,5 @@ def check_same_shapes(source: str, expected: Mapping[str, torch.Tensor], given: 
         want, got = (f"shape {tuple(d[key].shape)}" if key in d else "nothing" for d in (expected, given))
         raise UserError(
             f"{source} belongs to another architecture: this network has {want} at {key}, got {got}; use the network "
-            "settings that it was trained with"
+            "settings, or the overlay, that it was trained with"
         )

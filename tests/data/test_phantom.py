@@ -466,7 +466,7 @@ def test_other_arguments_need_force_which_spares_files_of_others(tmp_path):
     write_phantom("chest", tmp_path, PhantomSpec(patients=3, size=32))
     (tmp_path / "notes.txt").write_text("mine")
 
-    with pytest.raises(UserError, match=r"made with another layout, patients; .*--force"):
+    with pytest.raises(UserError, match=r"made with other values of layout, patients; .*--force"):
         write_phantom("chestxray14", tmp_path, PhantomSpec(patients=2, size=32))
     write_phantom("chestxray14", tmp_path, PhantomSpec(patients=2, size=32), force=True)
 

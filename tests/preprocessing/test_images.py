@@ -196,6 +196,19 @@ def test_equal_rows_about_one_file_are_one(tmp_path):
     assert images.read_labels(tmp_path / "labels.csv") == {"a": {"label": 1}, "b": {"label": 0}}
 
 
+def test_files_that_name_no_patient_are_counted_and_said(tmp_path, capsys):
+    for number in range(3):
+        _picture(tmp_path / "in" / f"{number}.png", seed=number)
+    (tmp_path / "patients.csv").write_text("file,patient\n0.png,a\n")
+    arguments = ("--source", tmp_path / "in", "--size", 16)
+
+    _run(*arguments, "--target", tmp_path / "unnamed")
+    assert "note: 3 of 3 files name no patient" in capsys.readouterr().err
+
+    _run(*arguments, "--target", tmp_path / "named", "--labels", tmp_path / "patients.csv")
+    assert "note: 2 of 3 files name no patient" in capsys.readouterr().err
+
+
 def test_folders_can_be_labels_and_mixed_colours_are_noted(tmp_path, capsys):
     _picture(tmp_path / "source/nevus/1.png", 1, colour=True)
     _picture(tmp_path / "source/melanoma/deep/2.png", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -101,6 +102,8 @@ class TrainingCheckpoint:
                 )
         engine.load_training_state(state)
         logger.info(f"resumed from {self.folder} at iteration {engine.state.iteration}, {engine.images_seen} images")
+        if engine.state.epoch >= engine.state.max_epochs:
+            logger.info("this training is complete; raise --max_epochs to go on")
 
     def load(self) -> dict[str, Any] | None:
         """The newest readable state on the CPU, or None where there is none.
@@ -202,6 +205,8 @@ class BestModelSaver:
 class WeightsLoader:
     """Loads a bare state dict into a network before an evaluation, and says so in one line if it cannot.
 
+    ``engine.state.model_sha256`` says which file it was.
+
     Args:
         network: the network.
         path: file of the state dict, read with ``weights_only=True``.
@@ -226,4 +231,6 @@ class WeightsLoader:
         network = unwrap(self.network)
         check_same_shapes(str(self.path), network.state_dict(), state)
         network.load_state_dict(state)
+        with open(self.path, "rb") as file:
+            engine.state.model_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         logger.info(f"weights from {self.path}")

@@ -55,6 +55,8 @@ class MetricsJSON:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         for name in (name for name, value in finite.items() if value is None):
             logger.warning(f"{name} is {figures[name]}: written as null")
-        record = {**finite, "n": n, **self.extra, "git": git_revision()}
+        # which weights were measured: the registry refuses the figures of others
+        model = {"model_sha256": engine.state.model_sha256} if hasattr(engine.state, "model_sha256") else {}
+        record = {**finite, "n": n, **self.extra, **model, "git": git_revision()}
         atomic_write_text(self.path, json.dumps(record, indent=4, allow_nan=False) + "\n")
         logger.info(", ".join(f"{name} {value:.4f}" for name, value in figures.items()) + f" (n = {n}) -> {self.path}")

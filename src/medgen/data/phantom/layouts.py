@@ -265,7 +265,7 @@ def _claim(out: Path, manifest: dict[str, Any], force: bool) -> None:
             if not force:
                 differing = [key for key in {**made, **manifest} if made.get(key) != manifest.get(key)]
                 raise UserError(
-                    f"{out} holds phantoms made with another {', '.join(differing)}; "
+                    f"{out} holds phantoms made with other values of {', '.join(differing)}; "
                     "choose another folder, or give --force to replace them"
                 )
             for name in LAYOUTS[made["layout"]].entries:
