@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -102,9 +103,9 @@ class _Save(Transform):
             raise UserError(f"{self._sources[path]} and {source} would both be saved as {path}; set data_root")
         return path
 
+    @abstractmethod
     def write(self, array: np.ndarray, path: Path, name: str) -> None:
         """Write one array, (C, H, W), or raise a UserError that begins with ``name``."""
-        raise NotImplementedError
 
     def save(self, img: NdarrayOrTensor, meta_data: Mapping[str, Any] | None = None) -> Path:
         """Write one image and return its path; see :meth:`path` and :meth:`write` for the errors."""
