@@ -383,6 +383,8 @@ def test_stopped_run_goes_on_and_ends_like_an_undisturbed_one(long_run, tmp_path
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # a shell starts background jobs with Ctrl-C ignored, and so would this child be
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 4):
             time.sleep(0.01)
