@@ -1,0 +1,372 @@
+"""Confidence intervals by resampling patients, and what two halves of the real images are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
+
+from medgen.errors import UserError
+from medgen.metrics.frechet import FeatureMoments, _as_table, frechet_distance, small_sample_note
+from medgen.metrics.kernel import kernel_distance, kernel_distance_resampled
+from medgen.metrics.prdc import PRDC_NAMES, prdc_per_image
+
+__all__ = [
+    "Baseline",
+    "Estimate",
+    "bootstrap_interval",
+    "bootstrap_mean",
+    "default_resamples",
+    "prdc_intervals",
+    "real_baseline",
+]
+
+CHEAP_RESAMPLES = 1000  # where a resample costs next to nothing
+# features (or images, if fewer) up to which -> resamples of a distance that costs a decomposition each
+RESAMPLES_BY_WIDTH = ((512, 200), (1024, 100), (float("inf"), 50))
+FEWEST_FOR_PERCENTILES = 200  # below, a 95% interval would hang on the 4 most extreme resamples or fewer
+FEW_PATIENTS = 20
+
+Statistic = Callable[..., float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its confidence interval.
+
+    Args:
+        value: what was measured.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n_reference: reference images.
+        n_samples: images that are judged.
+        level: of confidence.
+        note: how the interval was made and what limits it, one line.
+    """
+
+    value: float
+    low: float
+    high: float
+    n_reference: int
+    n_samples: int
+    level: float = 0.95
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A statistic between random halves of one set of images.
+
+    Args:
+        mean: over the repeats.
+        low: smallest.
+        high: largest.
+        values: one per repeat.
+        halves: images in the two halves of each repeat.
+        n_patients: patients (images, where those are not known) that were divided.
+    """
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+    halves: tuple[tuple[int, int], ...]
+    n_patients: int
+
+    @property
+    def n_first(self) -> int:
+        """Images in the first half, on average."""
+        return round(float(np.mean([first for first, _ in self.halves])))
+
+    @property
+    def n_second(self) -> int:
+        """Images in the second half, on average."""
+        return round(float(np.mean([second for _, second in self.halves])))
+
+
+def default_resamples(n: int, d: int) -> int:
+    """Resamples of the Fréchet distance: 200 up to 512 features, 100 up to 1,024, 50 above.
+
+    A resample costs about d^3 + n d^2 operations, and n^3 where images are fewer than features. Fifty suffice for a
+    standard error (Efron and Tibshirani 1993, section 6.4), not for percentiles: see :func:`bootstrap_interval`.
+
+    Args:
+        n: images of the larger set.
+        d: number of features.
+    """
+    return next(resamples for width, resamples in RESAMPLES_BY_WIDTH if min(n, d) <= width)
+
+
+def bootstrap_interval(
+    reference: ArrayLike | FeatureMoments,
+    samples: ArrayLike,
+    statistic: Statistic = frechet_distance,
+    *,
+    reference_patients: Sequence[str] | None = None,
+    sample_patients: Sequence[str] | None = None,
+    resamples: int | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    **options: Any,
+) -> Estimate:
+    """Confidence interval of a statistic of two sets, by drawing patients of both sets with replacement.
+
+    Images of one patient resemble each other; drawing images would take them for independent and give too narrow an
+    interval, so all images of a drawn patient come along.
+
+    Drawing with replacement raises a Fréchet distance. In the resamples' world the truth is the measured value; a
+    resample of n images measures it with about the same upward bias b(n) ~ c / n (Chong and Forsyth 2020) by which the
+    measured value exceeds *its* truth, so the resamples scatter around the measured value plus b(n), and the plain
+    percentile interval may lie wholly above the value it belongs to. The resamples are therefore moved back by their
+    mean excess before the percentiles are taken. What remains is the scatter of the measured value over sets of this
+    size: the interval is one for the expected distance at this n, not for the distance of infinitely many images, and
+    says nothing about the bias itself. :func:`real_baseline` shows that. With n much larger than the number of
+    features both agree. With fewer images than features a resample, which holds 63% of the images, has also a lower
+    rank than the set, and the interval errs on the wide side.
+
+    Below 200 resamples the interval is value ± z standard errors instead of percentiles.
+
+    The kernel distance is resampled by weights (:func:`medgen.metrics.kernel.kernel_distance_resampled`), any other
+    statistic by repeating rows. That suits smooth functions of the sets; for statistics of nearest neighbours, which
+    would find the copies, use :func:`prdc_intervals`.
+
+    Args:
+        reference: (N, D) features; for the Fréchet distance also moments, which are then held fixed.
+        samples: (M, D) features.
+        statistic: (reference, samples, **options) -> number.
+        reference_patients: (N,) patient of each image; each image its own by default.
+        sample_patients: the same for the samples.
+        resamples: how many; by default 1,000 for the kernel distance, else :func:`default_resamples`.
+        level: of confidence, between 0 and 1.
+        seed: of the draws.
+        **options: further arguments of the statistic.
+
+    Raises:
+        UserError: fewer than two patients in a set that is resampled, or what the statistic refuses.
+    """
+    _check_level(level)
+    samples = _as_table(samples)
+    fixed = isinstance(reference, FeatureMoments)
+    if fixed and statistic is not frechet_distance:
+        raise UserError("only the Fréchet distance can be taken from moments; give the features of the reference")
+    reference = reference if fixed else _as_table(reference)
+    n_reference, n_samples = reference.n if fixed else len(reference), len(samples)
+    value = float(statistic(reference, samples, **options))
+    if not np.isfinite(value):
+        raise UserError(f"the statistic must be a finite number, got {value}; give more images, or other features")
+    if resamples is None:
+        larger = max(n_reference, n_samples)
+        resamples = CHEAP_RESAMPLES if statistic is kernel_distance else default_resamples(larger, samples.shape[1])
+    _check_resamples(resamples)
+    codes = [
+        None if fixed else _patient_codes(reference_patients, n_reference),
+        _patient_codes(sample_patients, n_samples),
+    ]
+    rng = np.random.default_rng(seed)
+    counts = [None if code is None else _draw(rng, code, resamples) for code in codes]
+
+    if statistic is kernel_distance:
+        values = kernel_distance_resampled(reference, samples, *counts, *codes, **options)
+    else:
+        values = np.array(
+            [
+                _resampled(
+                    statistic, reference, samples, None if fixed else counts[0][number], counts[1][number], options
+                )
+                for number in range(resamples)
+            ]
+        )
+    low, high, note = _interval(value, values, level)
+    if statistic is frechet_distance:
+        low = max(low, 0.0)
+        note = "; ".join(filter(None, [note, small_sample_note(min(n_reference, n_samples), samples.shape[1])]))
+    patients = min(code.max() + 1 for code in codes if code is not None)
+    return Estimate(value, low, high, n_reference, n_samples, level, _with_few(note, patients))
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    patients: Sequence[str] | None = None,
+    *,
+    resamples: int = CHEAP_RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of one value per image, with its interval by drawing patients with replacement.
+
+    Args:
+        values: (N,) finite.
+        patients: (N,) patient of each image; each image its own by default.
+        resamples: how many.
+        level: of confidence, between 0 and 1.
+        seed: of the draws.
+
+    Returns:
+        Estimate with ``n_reference`` and ``n_samples`` both N.
+
+    Raises:
+        UserError: fewer than two patients, or values that are not finite.
+    """
+    _check_level(level)
+    _check_resamples(resamples)
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise UserError(f"values must be one finite number per image, got shape {values.shape}; drop what failed")
+    codes = _patient_codes(patients, len(values))
+    counts = _draw(np.random.default_rng(seed), codes, resamples)
+    value = float(values.mean())
+    low, high, note = _interval(value, counts @ values / counts.sum(axis=1), level)
+    return Estimate(value, low, high, len(values), len(values), level, _with_few(note, codes.max() + 1))
+
+
+def prdc_intervals(
+    real: ArrayLike,
+    fake: ArrayLike,
+    nearest_k: int = 5,
+    *,
+    real_patients: Sequence[str] | None = None,
+    fake_patients: Sequence[str] | None = None,
+    resamples: int = CHEAP_RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Precision, recall, density and coverage with intervals over the images that are scored.
+
+    The balls around the other set's images stay as they are (:func:`medgen.metrics.prdc.prdc_per_image` says why), so
+    the intervals leave out how much the balls themselves depend on the images at hand.
+
+    Args:
+        real: (N, D) features.
+        fake: (M, D) features.
+        nearest_k: neighbours that set the radius of a ball.
+        real_patients: (N,) patient of each real image; each image its own by default.
+        fake_patients: the same for the fakes.
+        resamples: how many.
+        level: of confidence, between 0 and 1.
+        seed: of the draws.
+    """
+    scores = prdc_per_image(real, fake, nearest_k)
+    patients = {"precision": fake_patients, "recall": real_patients, "density": fake_patients}
+    patients["coverage"] = real_patients
+    n_real, n_fake = len(scores["recall"]), len(scores["precision"])
+    return {
+        name: replace(
+            bootstrap_mean(scores[name], patients[name], resamples=resamples, level=level, seed=seed),
+            n_reference=n_real,
+            n_samples=n_fake,
+        )
+        for name in PRDC_NAMES
+    }
+
+
+def real_baseline(
+    features: ArrayLike,
+    patients: Sequence[str] | None = None,
+    statistic: Statistic = frechet_distance,
+    repeats: int = 10,
+    seed: int = 0,
+    **options: Any,
+) -> Baseline:
+    """A statistic between random halves of the real images: what a perfect generator could reach at this n.
+
+    The halves share no patient. They hold half of the images: a statistic with a bias that falls with n, like the
+    Fréchet distance, comes out larger than between sets of full size, so state ``n_first`` and ``n_second`` beside it.
+
+    Args:
+        features: (N, D) features of real images.
+        patients: (N,) patient of each image; each image its own by default.
+        statistic: (first half, second half, **options) -> number.
+        repeats: random divisions.
+        seed: of the divisions.
+        **options: further arguments of the statistic.
+
+    Raises:
+        UserError: fewer than two patients, or halves that the statistic refuses.
+    """
+    features = _as_table(features)
+    codes = _patient_codes(patients, len(features))
+    if repeats < 1:
+        raise UserError(f"repeats must be at least 1, got {repeats}; take 10")
+    rng = np.random.default_rng(seed)
+    sizes = np.bincount(codes)
+    values, halves = [], []
+    for _ in range(repeats):
+        order = rng.permutation(len(sizes))
+        images = np.cumsum(sizes[order])[:-1]
+        cut = int(np.argmin(np.abs(images - len(features) / 2))) + 1
+        first = np.isin(codes, order[:cut])
+        values.append(float(statistic(features[first], features[~first], **options)))
+        halves.append((int(first.sum()), int((~first).sum())))
+    return Baseline(float(np.mean(values)), min(values), max(values), tuple(values), tuple(halves), len(sizes))
+
+
+def _resampled(
+    statistic: Statistic,
+    reference: NDArray | FeatureMoments,
+    samples: NDArray,
+    reference_counts: NDArray[np.float64] | None,
+    sample_counts: NDArray[np.float64],
+    options: dict[str, Any],
+) -> float:
+    if statistic is frechet_distance:  # weights: a row drawn three times is multiplied once
+        return frechet_distance(reference, samples, a_counts=reference_counts, b_counts=sample_counts)
+    return float(statistic(_repeat(reference, reference_counts), _repeat(samples, sample_counts), **options))
+
+
+def _repeat(rows: NDArray, counts: NDArray[np.float64]) -> NDArray:
+    return rows[np.repeat(np.arange(len(rows)), counts.astype(np.intp))]
+
+
+def _interval(value: float, values: NDArray[np.float64], level: float) -> tuple[float, float, str]:
+    """Recentred percentiles (or a normal interval, for few resamples) and how they came about."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        raise UserError("no resample gave a number; give images of more patients")
+    excess = float(values.mean() - value)
+    if len(values) >= FEWEST_FOR_PERCENTILES:
+        tail = (1 - level) / 2
+        low, high = (float(np.quantile(values, q)) - excess for q in (tail, 1 - tail))
+        kind = "percentiles"
+    else:
+        half = float(norm.ppf((1 + level) / 2) * values.std(ddof=1)) if len(values) > 1 else float("inf")
+        low, high, kind = value - half, value + half, "standard error"
+    return low, high, f"{kind} of {len(values)} resamples, moved back by their mean excess of {excess:.3g}"
+
+
+def _draw(rng: np.random.Generator, codes: NDArray[np.intp], resamples: int) -> NDArray[np.float64]:
+    """(R, N): how often each image counts when patients are drawn with replacement."""
+    patients = int(codes.max()) + 1
+    return rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(np.float64)[:, codes]
+
+
+def _patient_codes(patients: Sequence[str] | None, n: int) -> NDArray[np.intp]:
+    if patients is None:
+        codes = np.arange(n)
+    elif len(patients) != n:
+        raise UserError(f"patients must be given for each of the {n} images, got {len(patients)}")
+    else:
+        codes = np.unique(np.asarray(patients, dtype=str), return_inverse=True)[1].reshape(-1)
+    if not n or codes.max() < 1:
+        raise UserError(
+            f"resampling takes images of at least 2 patients, got {min(n, 1)} patient ({n} images); "
+            "give images of more patients"
+        )
+    return codes
+
+
+def _with_few(note: str, patients: int) -> str:
+    return note if patients >= FEW_PATIENTS else f"{note}; a rough interval: only {patients} patients"
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise UserError(f"level must lie between 0 and 1, got {level}; take 0.95")
+
+
+def _check_resamples(resamples: int) -> None:
+    if resamples < 2:
+        raise UserError(f"resamples must be at least 2, got {resamples}; take 200 or more")
