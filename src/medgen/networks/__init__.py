@@ -3,5 +3,12 @@
 from __future__ import annotations
 
 from medgen.networks.autoencoder_kl import KLAutoencoder, PosteriorReconstruction
+from medgen.networks.stylegan2 import STYLEGAN2_PRESETS, StyleGAN2Discriminator, StyleGAN2Generator
 
-__all__ = ["KLAutoencoder", "PosteriorReconstruction"]
+__all__ = [
+    "STYLEGAN2_PRESETS",
+    "KLAutoencoder",
+    "PosteriorReconstruction",
+    "StyleGAN2Discriminator",
+    "StyleGAN2Generator",
+]
