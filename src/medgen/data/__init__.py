@@ -12,6 +12,7 @@ from typing import Any
 # public name -> module of this package that defines it
 _HOME = {
     "Frame": "reader",
+    "ImageSet": "image_set",
     "MedicalImageReader": "image_reader",
     "ResumableDataLoader": "stream",
     "UnreadableImageError": "reader",
