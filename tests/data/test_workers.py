@@ -55,6 +55,20 @@ def test_work_in_processes_equals_work_in_this_one() -> None:
     assert list(ordered_map(square_or_die, 1, tasks, 2)) == list(ordered_map(square_or_die, 1, tasks, 0))
 
 
+def own_threads(variable: str, _: int) -> str | None:
+    return os.environ.get(variable)
+
+
+def test_a_process_keeps_to_one_core_and_its_parent_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        assert set(ordered_map(own_threads, variable, range(8), num_workers=2)) == {"1"}
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_error_of_the_function_rises_where_the_result_is_taken(num_workers: int) -> None:
     results = ordered_map(divide, 6, [3, 0, 2], num_workers)

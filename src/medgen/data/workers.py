@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
 
 from medgen.errors import UserError
@@ -25,6 +27,8 @@ Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_environment_lock = threading.Lock()
 _in_worker: dict[str, Any] = {}  # what a worker process was started with
 
 
@@ -166,9 +170,39 @@ def _check_starts(pool: ProcessPoolExecutor) -> None:
         ) from None
 
 
-def _new_pool(workers: int, shared: Any) -> ProcessPoolExecutor:
+class _OneThreadProcess(SpawnProcess):
+    """A process whose linear algebra keeps to one core: the others have processes of their own.
+
+    The libraries read these variables when they are loaded, and a pool starts processes whenever it needs one.
+    """
+
+    def start(self) -> None:
+        with _environment_lock, _environment(dict.fromkeys(THREAD_VARIABLES, "1")):
+            super().start()
+
+
+class _Context(SpawnContext):
     # spawn: the parent may have threads (torch, a notebook), which a fork would leave behind locked
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (shared,))
+    Process = _OneThreadProcess
+
+
+def _new_pool(workers: int, shared: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, _Context(), _start_worker, (shared,))
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for as long as the block lasts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _start_worker(shared: Any) -> None:
