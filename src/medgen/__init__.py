@@ -8,6 +8,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _SUBMODULES = (
+    "convert",
     "data",
     "distributed",
     "engines",
@@ -19,6 +20,7 @@ _SUBMODULES = (
     "networks",
     "output",
     "registry",
+    "report",
     "settings",
     "transforms",
     "weights",

@@ -34,7 +34,7 @@ from medgen.errors import UserError
 from medgen.output import disable_usage_reports
 from medgen.weights import check_same_shapes, read_state_dict
 
-__all__ = ["RegisteredBundle", "list_models", "pull", "register_bundle"]
+__all__ = ["RegisteredBundle", "list_models", "log_run", "pull", "register_bundle"]
 
 disable_usage_reports()
 
@@ -410,6 +410,35 @@ def _resolve_uri(tracking_uri: str | None) -> str:
 def _database(uri: str) -> Path | None:
     """File of a SQLite registry; None for a server."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def log_run(
+    tracking_uri: str, experiment: str, name: str, figures: Mapping[str, Any], folder: str | os.PathLike
+) -> str:
+    """Log figures and the files of a folder to MLflow as a run of its own.
+
+    Args:
+        tracking_uri: ``sqlite:////path/mlflow.db`` or a server.
+        experiment: made if need be.
+        name: of the run.
+        figures: flat; numbers become metrics, text becomes tags, None is left out.
+        folder: its files become artifacts.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        UserError: MLflow does not answer or refuses.
+    """
+    numbers = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
+    tags = {key: value for key, value in figures.items() if isinstance(value, str)}
+    with (
+        _registry(tracking_uri, create=True) as client,
+        mlflow.start_run(experiment_id=_experiment(client, experiment), run_name=name, tags=tags) as run,
+    ):
+        mlflow.log_metrics(numbers)
+        mlflow.log_artifacts(str(folder))
+    return run.info.run_id
 
 
 @contextlib.contextmanager

@@ -16,10 +16,19 @@ from monai.handlers import from_engine
 from monai.metrics import FIDMetric
 
 from medgen.errors import UserError
-from medgen.metrics.distribution import PRDC, FrechetDistance, FrechetDistanceMetric, KernelDistance, PRDCMetric
+from medgen.metrics.distribution import (
+    PRDC,
+    FrechetDistance,
+    FrechetDistanceMetric,
+    FrechetRadiomicDistance,
+    KernelDistance,
+    PRDCMetric,
+)
+from medgen.metrics.frd import frd_score
 from medgen.metrics.frechet import frechet_distance
 from medgen.metrics.kernel import kernel_distance
 from medgen.metrics.prdc import precision_recall_density_coverage
+from medgen.metrics.radiomics import RadiomicsExtractor
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.rand(40, 1, 8, 8, generator=GENERATOR)
@@ -191,3 +200,31 @@ def test_bad_input_is_refused():
     broken(PREDICTIONS[:5], torch.full_like(IMAGES[:5], float("nan")))
     with pytest.raises(UserError, match="NaN or infinity in row 0"):
         broken.aggregate()
+
+
+def test_frd_in_an_evaluation_is_that_of_the_features_and_leaves_constant_predictions_out():
+    images, predictions = torch.rand(13, 1, 16, 16), torch.rand(13, 1, 16, 16).square()
+    predictions[4] = 0.5
+    extractor = RadiomicsExtractor("frd_v0")
+    kept = torch.cat([predictions[:4], predictions[5:]])
+    expected = frd_score(*(extractor.on_images(list(of.numpy())) for of in (images, kept)), "frd_v0")
+    engine = Engine(lambda _, batch: batch)
+    FrechetRadiomicDistance("frd_v0").attach(engine, "frd")
+
+    with pytest.warns(UserWarning, match="leaves out 1 constant predictions of 13"):
+        engine.run([(predictions[:6], images[:6]), (predictions[6:], images[6:])])
+
+    assert engine.state.metrics["frd"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_frd_of_constant_predictions_alone_is_refused():
+    engine = Engine(lambda _, batch: batch)
+    FrechetRadiomicDistance().attach(engine, "frd")
+
+    with pytest.raises(UserError, match="not constant, got 3"):
+        engine.run([(torch.zeros(3, 1, 16, 16), torch.rand(3, 1, 16, 16))])
+
+
+def test_frd_names_its_versions():
+    with pytest.raises(UserError, match="frd_v1"):
+        FrechetRadiomicDistance("frd_v2")

@@ -199,3 +199,30 @@ def test_bad_input_is_refused():
     x[3, 0] = np.nan
     with pytest.raises(UserError, match="NaN or infinity in row 3"):
         bootstrap_interval(x, y)
+
+
+def test_shares_stay_within_nought_and_one():
+    """One of 40 fakes lies within the real images' manifold: recentred percentiles alone would end below nought."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((40, 2)), rng.standard_normal((40, 2)) + 20
+    fake[:1] = 0.0
+
+    found = prdc_intervals(real, fake, 5)
+
+    assert found["precision"].value == 1 / 40
+    for name, estimate in found.items():
+        assert 0 <= estimate.low <= estimate.value <= estimate.high, name
+        assert name == "density" or estimate.high <= 1
+
+
+def test_the_interval_of_a_logarithm_is_taken_on_its_scale():
+    """Moved back, a resample may end below nought, which has no logarithm; the logarithms have an interval."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((30, 3)), rng.standard_normal((30, 3)) * 1.1
+
+    plain, log = (bootstrap_interval(real, fake, resamples=200, log=log) for log in (False, True))
+
+    assert plain.low == 0.0
+    assert log.value == pytest.approx(np.log(plain.value))
+    assert -np.inf < log.low < log.value < log.high < np.inf
+    assert "one" in bootstrap_interval(real, fake, lambda a, b: 0.0, resamples=200, log=True).note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,15 +15,20 @@ from monai.metrics import CumulativeIterationMetric
 from monai.utils import convert_to_tensor
 
 from medgen.errors import UserError
+from medgen.metrics.frd import FRD_VERSIONS, frd_score
 from medgen.metrics.frechet import frechet_distance
 from medgen.metrics.kernel import kernel_distance
 from medgen.metrics.prdc import precision_recall_density_coverage
+from medgen.metrics.protocols import PROTOCOLS
+from medgen.metrics.radiomics import RadiomicsExtractor
 
 __all__ = [
     "PRDC",
     "FeatureSetMetric",
     "FrechetDistance",
     "FrechetDistanceMetric",
+    "FrechetRadiomicDistance",
+    "FrechetRadiomicDistanceMetric",
     "KernelDistance",
     "KernelDistanceMetric",
     "PRDCMetric",
@@ -92,6 +98,42 @@ class FrechetDistanceMetric(FeatureSetMetric):
         return torch.tensor(frechet_distance(*self.feature_sets()), dtype=torch.float64)
 
 
+class FrechetRadiomicDistanceMetric(FeatureSetMetric):
+    """:func:`medgen.metrics.frd.frd_score` of predictions and images in [0, 1]: a distance that needs no weights.
+
+    Predictions without features, because every pixel is alike, are left out with a warning.
+
+    Args:
+        version: ``frd_v1``, ``frd_v0`` or ``radiomics``; see :data:`medgen.metrics.frd.FRD_VERSIONS`.
+    """
+
+    def __init__(self, version: str = "frd_v1") -> None:
+        if version not in FRD_VERSIONS:
+            raise UserError(f"version must be one of {', '.join(FRD_VERSIONS)}, got {version!r}")
+        self.radiomics = RadiomicsExtractor(PROTOCOLS[version].preset)
+        self.version = version
+        super().__init__(self._radiomic_features)
+
+    def _radiomic_features(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._of_one(image) for image in images.detach().float().cpu().numpy()])
+
+    def _of_one(self, image: np.ndarray) -> torch.Tensor:
+        if image.size and (image == image.flat[0]).all():
+            return torch.full((len(self.radiomics.feature_names),), torch.nan, dtype=torch.float64)
+        return torch.from_numpy(self.radiomics.on_image(image))
+
+    def aggregate(self) -> torch.Tensor:
+        """The score, a scalar in float64: log d² by version 1."""
+        images, predictions = self.feature_sets()
+        constant = np.isnan(predictions).all(axis=1)
+        if constant.all():
+            raise UserError(f"FRD takes predictions that are not constant, got {len(predictions)} that are")
+        if constant.any():
+            warnings.warn(f"FRD leaves out {constant.sum()} constant predictions of {len(predictions)}", stacklevel=2)
+        score = frd_score(images, predictions[~constant], self.version, self.radiomics.feature_names)
+        return torch.tensor(score, dtype=torch.float64)
+
+
 class KernelDistanceMetric(FeatureSetMetric):
     """:func:`medgen.metrics.kernel.kernel_distance` of predictions and images; 0 is best, and no bound.
 
@@ -152,6 +194,20 @@ class FrechetDistance(_Handler):
 
     def __init__(self, extractor: Extractor | None = None, output_transform: Callable = lambda x: x) -> None:
         super().__init__(FrechetDistanceMetric(extractor), output_transform)
+
+
+class FrechetRadiomicDistance(_Handler):
+    """The Fréchet radiomic distance (FRD) of a whole evaluation as a handler; lower is better.
+
+    Radiomic features are computed on the CPU, tens of milliseconds an image.
+
+    Args:
+        version: see :class:`FrechetRadiomicDistanceMetric`.
+        output_transform: engine output -> (prediction, image) in [0, 1], lists of (C, H, W) or batches.
+    """
+
+    def __init__(self, version: str = "frd_v1", output_transform: Callable = lambda x: x) -> None:
+        super().__init__(FrechetRadiomicDistanceMetric(version), output_transform)
 
 
 class KernelDistance(_Handler):

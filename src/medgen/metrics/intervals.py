@@ -111,6 +111,7 @@ def bootstrap_interval(
     resamples: int | None = None,
     level: float = 0.95,
     seed: int = 0,
+    log: bool = False,
     **options: Any,
 ) -> Estimate:
     """Confidence interval of a statistic of two sets, by drawing patients of both sets with replacement.
@@ -143,6 +144,7 @@ def bootstrap_interval(
         resamples: how many; by default 1,000 for the kernel distance, else :func:`default_resamples`.
         level: of confidence, between 0 and 1.
         seed: of the draws.
+        log: take the natural logarithm of the statistic and of every resample, and the interval on that scale.
         **options: further arguments of the statistic.
 
     Raises:
@@ -180,9 +182,15 @@ def bootstrap_interval(
                 for number in range(resamples)
             ]
         )
-    low, high, note = _interval(value, values, level)
+    if log:
+        with np.errstate(divide="ignore"):
+            value, values = float(np.log(value)), np.log(values)
+    if np.isfinite(value):
+        low, high, note = _interval(value, values, level)
+    else:
+        low, high, note = value, value, "no interval: the two sets are one"
     if statistic is frechet_distance:
-        low = max(low, 0.0)
+        low = low if log else max(low, 0.0)
         note = "; ".join(filter(None, [note, small_sample_note(min(n_reference, n_samples), samples.shape[1])]))
     patients = min(code.max() + 1 for code in codes if code is not None)
     return Estimate(value, low, high, n_reference, n_samples, level, _with_few(note, patients))
@@ -253,14 +261,14 @@ def prdc_intervals(
     patients = {"precision": fake_patients, "recall": real_patients, "density": fake_patients}
     patients["coverage"] = real_patients
     n_real, n_fake = len(scores["recall"]), len(scores["precision"])
-    return {
-        name: replace(
-            bootstrap_mean(scores[name], patients[name], resamples=resamples, level=level, seed=seed),
-            n_reference=n_real,
-            n_samples=n_fake,
-        )
-        for name in PRDC_NAMES
-    }
+    estimates = {}
+    for name in PRDC_NAMES:
+        found = bootstrap_mean(scores[name], patients[name], resamples=resamples, level=level, seed=seed)
+        # moving the resamples back may have moved an end over the edge of what a share can be
+        most = np.inf if name == "density" else 1.0
+        low, high = (min(max(end, 0.0), most) for end in (found.low, found.high))
+        estimates[name] = replace(found, low=low, high=high, n_reference=n_real, n_samples=n_fake)
+    return estimates
 
 
 def real_baseline(

@@ -1174,7 +1174,7 @@ def _progress(items: Any, label: str, shown: bool) -> Any:
         return items
     from tqdm import tqdm
 
-    return tqdm(items, desc=label, leave=False)
+    return tqdm(items, desc=label, leave=False, disable=None)  # None: where nobody looks
 
 
 def _plain_calibration(calibration: Calibration) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""``medgen report``: one page that says how good a set of generated images is."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+REJECTED = 3  # exit code: done, but some images were left out; as of the preprocessing commands
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def report(
+    samples: Annotated[str, typer.Argument(help="Generated images: folder, datalist, or feature file (.npz).")],
+    reference: Annotated[
+        str, typer.Argument(help="Real images to compare with: folder, datalist, or feature file (.npz).")
+    ],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder for report.html and what belongs to it.")],
+    training: Annotated[
+        str | None,
+        typer.Option(
+            "--training",
+            help="Images that the model was trained on, searched for copies: folder or datalist.  "
+            "[default: the training split, if REFERENCE is a datalist]",
+        ),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protocol",
+            help="Distance to compute; may be repeated. `medgen features --list` shows them.  "
+            "[default: frd_v1, radiomics]",
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights",
+            help="PROTOCOL=FILE, and with --paired also lpips=FILE (LPIPS SqueezeNet); may be repeated. "
+            "Nothing is downloaded.",
+        ),
+    ] = None,
+    feature_size: Annotated[
+        int | None,
+        typer.Option("--feature_size", help="With module:PATH: side of its input.  [default: as the images]"),
+    ] = None,
+    feature_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--feature_range", help="With module:PATH: what 0 and 1 become.  [default: 0 1]"),
+    ] = None,
+    feature_channels: Annotated[
+        int | None, typer.Option("--feature_channels", help="With module:PATH: 1 or 3.  [default: as the images]")
+    ] = None,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Compare each sample with the reference of the same file name, too.")
+    ] = False,
+    samples_split: Annotated[
+        str | None, typer.Option("--samples_split", help="Split of SAMPLES, if it is a datalist.  [default: all]")
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", help="Split of REFERENCE, if it is a datalist; `all` for the whole of it.")
+    ] = "test",
+    dataset_dir: Annotated[
+        Path | None,
+        typer.Option("--dataset_dir", help="Base of the paths in the reference's and training's datalists."),
+    ] = None,
+    patient_pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--patient_pattern",
+            help="If REFERENCE or the training images are a folder: regular expression whose first group is the "
+            "patient in a file's name.",
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image_size", help="Resize the shorter side to this and crop the centre.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="L or RGB: convert all images.")] = None,
+    max_images: Annotated[
+        int | None, typer.Option("--max_images", help="Draw at most so many images of each set.")
+    ] = None,
+    pairs: Annotated[str, typer.Option("--pairs", help="Pairs of images for MS-SSIM: a number, or `all`.")] = "2000",
+    resamples: Annotated[
+        int | None, typer.Option("--resamples", help="Bootstrap resamples.  [default: by the width of the features]")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1.")] = "cpu",
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Images a batch, for networks.")] = 32,
+    num_workers: Annotated[
+        int | None, typer.Option("--num_workers", help="Processes.  [default: one per core, at most 8]")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache_dir", help="Where features are kept.  [default: $MEDGEN_CACHE or ~/.cache/medgen/features]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of every random draw.")] = 0,
+    title: Annotated[str | None, typer.Option("--title", help="Heading of the page.")] = None,
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option("--tracking_uri", help="Log figures and page to MLflow: sqlite:////path/mlflow.db or http://…"),
+    ] = None,
+    experiment: Annotated[str, typer.Option("--experiment", help="MLflow experiment.")] = "medgen_report",
+) -> None:
+    """Measure generated images against real ones and write report.html, report.json and metrics.json."""
+    # not at the head: `medgen --help` imports this module for its help line
+    from medgen import report as package
+
+    page, found = package.make_report(
+        samples,
+        reference,
+        output_dir,
+        training=training,
+        protocols=protocol or package.DEFAULT_PROTOCOLS,
+        weights=weights or (),
+        feature_size=feature_size,
+        feature_range=feature_range,
+        feature_channels=feature_channels,
+        paired=paired,
+        samples_split=samples_split,
+        split=split,
+        dataset_dir=dataset_dir,
+        patient_pattern=patient_pattern,
+        image_size=image_size,
+        mode=mode,
+        max_images=max_images,
+        pairs=pairs,
+        resamples=resamples,
+        device=device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        cache_dir=cache_dir,
+        seed=seed,
+        title=title,
+        command="medgen " + shlex.join(sys.argv[1:]),
+    )
+    typer.echo("\n".join(found.lines()))
+    for note in found.notes:
+        typer.echo(f"note: {note}", err=True)
+    if tracking_uri:
+        # after the page is written: a tracker that is away must not cost the measurements
+        from medgen.registry import log_run
+
+        run = log_run(tracking_uri, experiment, title or f"report-{output_dir.name}", found.figures(), output_dir)
+        typer.echo(f"logged to MLflow, run {run}")
+    rejected = sum(len(images.rejected) for images in found.image_sets().values())
+    typer.echo(f"left out {rejected} files" + (f" (reasons: {page.parent / 'rejected.csv'})" if rejected else ""))
+    typer.echo(page)
+    if rejected:
+        raise typer.Exit(REJECTED)

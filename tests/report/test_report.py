@@ -1,0 +1,415 @@
+"""``medgen report`` end to end, on small images made here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from typer.testing import CliRunner
+
+from medgen import cli
+from medgen.report.measure import measure
+
+SIDE = 64
+# brightness and contrast: as many features as make a Fréchet distance of a few images meaningful
+TWO_FEATURES = """
+import torch
+
+class BrightnessContrast(torch.nn.Module):
+    def forward(self, x):
+        return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1)
+"""
+PROTOCOL = "module:two_features:BrightnessContrast"
+
+
+@pytest.fixture(autouse=True)
+def _own_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "two_features.py").write_text(TWO_FEATURES)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+
+
+def texture(seed: int, channels: int = 1) -> np.ndarray:
+    """Blobs of random size and contrast, uint8 (H, W) or (H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((SIDE, SIDE, channels))
+    blobs = gaussian_filter(noise, (rng.uniform(1, 3), rng.uniform(1, 3), 0))
+    blobs = 120 + rng.uniform(25, 45) * blobs / blobs.std()
+    return np.clip(blobs, 0, 255).astype(np.uint8).squeeze()
+
+
+def folder_of(path: Path, seeds, change=lambda pixels: pixels, **options) -> Path:
+    path.mkdir()
+    for seed in seeds:
+        Image.fromarray(change(texture(seed, **options))).save(path / f"{seed:08d}_000.png")
+    return path
+
+
+def report(*arguments) -> object:
+    return CliRunner().invoke(cli.app, ["report", *map(str, arguments), "--num_workers", "0"])
+
+
+def figures_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def rows_of(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Page(HTMLParser):
+    """Tags, and everything that could make a browser fetch something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.addresses, self.images, self.text = [], [], 0, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what it finds
+
+
+def test_worse_images_are_farther_away_and_the_baseline_stands_beside_each_number(tmp_path):
+    reference = folder_of(tmp_path / "reference", range(40))
+    good = folder_of(tmp_path / "good", range(40, 80))
+    bad = folder_of(tmp_path / "bad", range(40, 80), lambda p: gaussian_filter(p, 2) // 2 + 100)
+
+    results = [report(samples, reference, "--output_dir", tmp_path / f"of_{samples.name}") for samples in (good, bad)]
+
+    assert [result.exit_code for result in results] == [0, 0], results[-1].output
+    near, far = figures_of(tmp_path / "of_good"), figures_of(tmp_path / "of_bad")
+    for name in ("frd", "kid_frd", "frd_full", "kid_frd_full"):
+        assert near[name] < far[name], name
+        assert far[f"{name}_low"] <= far[name] <= far[f"{name}_high"]
+    assert near["frd_low"] <= near["frd_baseline"] <= near["frd_high"] + 1
+    assert far["precision_frd"] < near["precision_frd"]
+    assert near["n"] == near["n_samples"] == near["n_reference"] == 40
+    assert "real against real" in results[0].output
+    assert "mostly bias" in results[0].output  # 40 images, hundreds of features
+
+
+def test_every_number_of_the_page_and_of_both_json_files_is_finite(tmp_path):
+    """PSNR of equal images is infinite, a reference without spread has no scale: JSON knows neither."""
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(12))
+
+    result = report(samples, reference, "--output_dir", tmp_path / "out", "--paired", "--pairs", "all")
+
+    assert result.exit_code == 0, result.output
+    for name in ("metrics.json", "report.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "NaN" not in text
+        assert "Infinity" not in text
+
+
+def test_paired_quality_compares_images_of_one_name(tmp_path):
+    reference = folder_of(tmp_path / "reference", range(6))
+    samples = folder_of(tmp_path / "samples", range(6), lambda p: np.clip(p.astype(int) + 10, 0, 255).astype(np.uint8))
+
+    result = report(samples, reference, "--output_dir", tmp_path / "out", "--paired", "--protocol", PROTOCOL)
+
+    assert result.exit_code == 0, result.output
+    rows = rows_of(tmp_path / "out" / "paired.csv")
+    assert [row["sample"] for row in rows] == [f"{seed:08d}_000.png" for seed in range(6)]
+    for seed, row in enumerate(rows):
+        real = texture(seed).astype(int)
+        error = np.mean((np.clip(real + 10, 0, 255) - real) ** 2) / 255**2
+        assert float(row["psnr"]) == pytest.approx(-10 * np.log10(error), abs=1e-4)
+    assert figures_of(tmp_path / "out")["psnr"] == pytest.approx(np.mean([float(row["psnr"]) for row in rows]))
+
+
+def test_a_copy_of_a_training_image_of_the_datalist_is_found(tmp_path):
+    data = folder_of(tmp_path / "data", range(60))
+    items = [{"image": f"{seed:08d}_000.png", "patient": f"p{seed}"} for seed in range(60)]
+    datalist = data / "datalist.json"
+    datalist.write_text(json.dumps({"name": "made here", "training": items[:30], "test": items[30:]}))
+    samples = folder_of(tmp_path / "samples", range(100, 110))
+    Image.fromarray(texture(7)).save(samples / "copy.png")
+
+    result = report(samples, datalist, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL)
+
+    assert result.exit_code == 0, result.output
+    (flagged,) = [row for row in rows_of(tmp_path / "out" / "copies.csv") if row["flagged"] == "True"]
+    assert flagged["sample"] == "copy.png"
+    assert flagged["training"] == "00000007_000.png"
+    figures = figures_of(tmp_path / "out")
+    assert figures["memorised"] == 1
+    assert figures["memorised_share"] == pytest.approx(1 / 11)
+    assert figures["n_reference"] == figures["n_training"] == 30
+
+
+def test_a_reference_that_was_trained_on_does_not_set_the_limit_of_copies(tmp_path):
+    training, samples = folder_of(tmp_path / "training", range(40)), folder_of(tmp_path / "samples", range(100, 110))
+    Image.fromarray(texture(7)).save(samples / "copy.png")
+
+    found = measure(
+        samples, training, training=training, protocols=[PROTOCOL], num_workers=0, progress=False
+    )  # fmt: skip
+
+    assert [found.samples.files[i] for i in found.memorisation.flagged] == ["copy.png"]
+    assert any("40 held-out images share their patient or their pixels" in note for note in found.memorisation.notes)
+
+
+def test_patients_are_resampled_as_a_whole(tmp_path):
+    """Eight images of each of five patients: fewer independent ones, so a wider interval than of forty patients."""
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for patient in range(5):
+        for image in range(8):
+            pixels = texture(patient * 8 + image) // 2 + 20 * patient
+            Image.fromarray(pixels).save(reference / f"{patient:08d}_{image:03d}.png")
+    samples = folder_of(tmp_path / "samples", range(100, 140))
+
+    options = {"protocols": [PROTOCOL], "num_workers": 0, "progress": False}
+    unknown = measure(samples, reference, **options).distances[0].frechet
+    known = measure(samples, reference, patient_pattern=r"^(\d{8})_", **options).distances[0].frechet
+
+    assert known.value == unknown.value
+    assert known.high - known.low > 1.5 * (unknown.high - unknown.low)
+
+
+def test_a_feature_file_gives_what_its_images_give(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    runner = CliRunner()
+    for name, options in (("rows", []), ("moments", ["--moments"])):
+        command = ["features", str(reference), "--protocol", PROTOCOL, "--output", str(tmp_path / f"{name}.npz")]
+        assert runner.invoke(cli.app, command + options).exit_code == 0
+
+    values = [
+        measure(samples, source, protocols=[PROTOCOL], num_workers=0, progress=False).distances[0]
+        for source in (reference, tmp_path / "rows.npz", tmp_path / "moments.npz")
+    ]
+
+    assert values[1].frechet.value == pytest.approx(values[0].frechet.value, rel=1e-9)
+    assert values[2].frechet.value == pytest.approx(values[0].frechet.value, rel=1e-6)
+    assert values[1].kernel.value == pytest.approx(values[0].kernel.value, rel=1e-9)
+    assert values[2].kernel is None  # moments hold no images to compare
+
+
+def test_the_same_command_gives_the_same_figures(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+
+    for name in ("one", "two"):
+        report(samples, reference, "--output_dir", tmp_path / name)
+
+    assert figures_of(tmp_path / "one") == figures_of(tmp_path / "two")
+
+
+def test_the_features_that_differ_most_head_the_table(tmp_path):
+    reference = folder_of(tmp_path / "reference", range(12))
+    brighter = folder_of(tmp_path / "brighter", range(20, 32), lambda p: p // 4 + 180)
+
+    report(brighter, reference, "--output_dir", tmp_path / "out", "--protocol", "frd_v0")
+
+    rows = rows_of(tmp_path / "out" / "features_frd_v0.csv")
+    differences = [abs(float(row["difference"])) for row in rows]
+    assert differences == sorted(differences, reverse=True)
+    mean = next(row for row in rows if row["name"].endswith("firstorder_Mean"))
+    assert float(mean["reference_mean"]) == pytest.approx(np.mean([texture(s).mean() for s in range(12)]), rel=1e-3)
+    assert float(mean["samples_mean"]) > float(mean["reference_mean"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the page
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    report(samples, reference, "--training", reference, "--output_dir", tmp_path / "out", "--title", "Two textures")
+
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+
+    assert page.tags.count("img") >= 6
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert "Two textures" in "".join(page.text)
+
+
+def test_names_from_outside_do_not_become_markup(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    (samples / "<script>alert(1)<x>.png").write_bytes(b"no picture")
+
+    result = report(samples, reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL, "--title", "<b>bold")
+
+    assert result.exit_code == 3
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    text = "".join(page.text)
+    assert "<b>bold" in text
+    assert "<script>alert(1)<x>.png" in text
+
+
+def test_mlflow_holds_the_figures_and_the_page(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    result = report(
+        samples, reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL, "--tracking_uri", uri,
+        "--experiment", "textures",
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("textures").experiment_id])
+    assert run.data.metrics["n_samples"] == 12
+    assert run.data.metrics["ms_ssim_samples"] == pytest.approx(figures_of(tmp_path / "out")["ms_ssim_samples"])
+    assert {"report.html", "report.json", "metrics.json"} <= {
+        file.path for file in client.list_artifacts(run.info.run_id)
+    }
+
+
+def test_a_tracker_that_is_away_does_not_cost_the_measurements(tmp_path, monkeypatch):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    result = report(
+        samples, reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL,
+        "--tracking_uri", "http://127.0.0.1:9",
+    )  # fmt: skip
+
+    assert result.exit_code == 1
+    assert "127.0.0.1:9" in result.output
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_help_imports_no_framework():
+    code = (
+        "import sys; from medgen.cli import app\n"
+        "try: app(['report', '--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'monai', 'mlflow', 'matplotlib', 'jinja2', 'SimpleITK'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+    assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def test_what_three_images_do_not_allow_is_left_out_and_said(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(3)), folder_of(tmp_path / "b", range(20, 32))
+
+    result = report(samples, reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL)
+
+    assert result.exit_code == 0, result.output
+    assert "too small to be halved" in result.output
+    assert "no precision and recall" in result.output
+    assert not {name for name in figures_of(tmp_path / "out") if "baseline" in name or "precision" in name}
+
+
+def test_what_cannot_be_read_is_listed_left_out_and_counted(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    whole = (samples / "00000021_000.png").read_bytes()
+    (samples / "00000021_000.png").write_bytes(whole[: len(whole) // 2])
+
+    result = report(samples, reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL)
+
+    assert result.exit_code == 3
+    assert "left out 1 file" in result.output
+    (row,) = rows_of(tmp_path / "out" / "rejected.csv")
+    assert (row["set"], row["file"]) == ("samples", "00000021_000.png")
+    assert row["reason"]
+    assert figures_of(tmp_path / "out")["n_samples"] == 11
+
+
+def test_a_constant_image_is_named_and_gives_no_nan(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    Image.fromarray(np.full((SIDE, SIDE), 90, np.uint8)).save(samples / "flat.png")
+
+    result = report(samples, reference, "--output_dir", tmp_path / "out")
+
+    assert "flat.png" in result.output
+    reasons = {row["file"]: row["reason"] for row in rows_of(tmp_path / "out" / "rejected.csv")}
+    assert "constant" in reasons["flat.png"]
+    figures = figures_of(tmp_path / "out")
+    assert figures["n_samples"] == 13
+    assert figures["n"] == 12  # in the distances
+    assert figures["frd"] is not None
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "expected"),
+    [
+        ("missing", [], "does not exist"),
+        ("empty", [], "empty folder"),
+        ("larger", [], "--image_size"),
+        ("colour", [], "--mode"),
+        ("text", [], "expected images below"),
+        ("one", [], "at least 2 images"),
+        ("good", ["--protocol", "fib"], "fib"),
+        ("good", ["--protocol", PROTOCOL, "--protocol", PROTOCOL], "each --protocol once"),
+        ("good", ["--weights", "fid"], "PROTOCOL=FILE"),
+        ("good", ["--weights", "fib=x"], "names no protocol"),
+        ("good", ["--protocol", "fid"], "pt_inception-2015-12-05-6726825d.pth"),
+        ("good", ["--pairs", "0"], "--pairs"),
+        ("good", ["--pairs", "some"], "--pairs"),
+        ("good", ["--samples_split", "test"], "datalist"),
+        ("good", ["--training", "features.npz"], "features.npz"),
+        ("good", ["--paired"], "needs a reference of the same name"),
+        ("good", ["--patient_pattern", "("], "patient_pattern"),
+        ("good", ["--resamples", "1"], "resamples"),
+        ("good", ["--device", "tpu"], "device"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(tmp_path, samples, options, expected):
+    reference = folder_of(tmp_path / "reference", range(12))
+    folder_of(tmp_path / "good", range(20, 32))
+    folder_of(tmp_path / "one", [20])
+    folder_of(tmp_path / "larger", range(20, 32), lambda p: np.kron(p, np.ones((2, 2), np.uint8)))
+    folder_of(tmp_path / "colour", range(20, 32), channels=3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no images")
+
+    result = report(
+        tmp_path / samples, reference, "--output_dir", tmp_path / "out",
+        *(options if "--protocol" in options else ["--protocol", PROTOCOL, *options]),
+    )  # fmt: skip
+
+    assert result.exit_code == 1, result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.output
+    assert expected in errors[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04nonsense", "an empty zip", "NaN"])
+def test_what_is_no_feature_file_is_refused(tmp_path, content):
+    reference = folder_of(tmp_path / "reference", range(12))
+    path = tmp_path / "features.npz"
+    if content == "NaN":
+        features = np.full((12, 2), np.nan)
+        np.savez(path, features=features, meta=np.frombuffer(b'{"format": 1}', np.uint8))
+    elif content == "an empty zip":
+        np.savez(path)
+    else:
+        path.write_bytes(content)
+
+    result = report(path, reference, "--output_dir", tmp_path / "out")
+
+    assert result.exit_code == 1
+    assert [line[:7] for line in result.output.splitlines()] == ["error: "]
+    assert "features.npz" in result.output
