@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import piq
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigParser
 from PIL import Image
 
@@ -255,6 +257,28 @@ def test_evaluation_without_weights_says_what_to_do(workflow, tmp_path):
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(workflow(BUNDLE, "evaluate", tmp_path / "out"))
     assert_one_line(caught.value, "train the bundle first, or name a file with --model_path")
+
+
+def test_evaluation_writes_the_means_of_what_piq_finds_in_each_image(workflow, tmp_path):
+    run(workflow(BUNDLE, "train", tmp_path, max_epochs=1))
+    evaluate = workflow(BUNDLE, "evaluate", tmp_path)
+    outputs = []
+    evaluate.initialize()
+    evaluate.parser.get_parsed_content("evaluator").add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: outputs.extend(engine.state.output)
+    )
+    evaluate.run()
+
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    pairs = [(item["pred"][None].double(), item["image"][None].double()) for item in outputs]
+    rgb = [[x.as_tensor().expand(-1, 3, -1, -1) for x in pair] for pair in pairs]
+    for name, values in {
+        "haarpsi": [piq.haarpsi(*pair) for pair in pairs],
+        "ms_gmsd": [piq.multi_scale_gmsd(*pair) for pair in pairs],
+        "mdsi": [piq.mdsi(*pair) for pair in rgb],
+        "psnr": [piq.psnr(*pair) for pair in pairs],
+    }.items():
+        assert figures[name] == pytest.approx(float(np.mean([float(value) for value in values])), rel=1e-4), name
 
 
 def test_command_prints_the_one_line_and_no_traceback(tmp_path):
