@@ -10,11 +10,23 @@ from typing import Annotated
 
 import typer
 
+from medgen.cli_options import (
+    REJECTED,
+    BatchSize,
+    CacheDir,
+    Device,
+    FeatureChannels,
+    FeatureRange,
+    FeatureSize,
+    ImageSize,
+    MaxImages,
+    Mode,
+    NumWorkers,
+)
 from medgen.errors import UserError
 
 __all__ = ["app"]
 
-REJECTED = 3  # exit code: done, but some images were left out; as of the preprocessing commands
 WIDTH = 118  # columns of --list
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -37,15 +49,13 @@ def features(
     dataset_dir: Annotated[
         Path | None, typer.Option("--dataset_dir", help="Base of the datalist's paths.  [default: its folder]")
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option("--image_size", help="Shorter side to this many pixels, centre square.")
-    ] = None,
-    mode: Annotated[str | None, typer.Option("--mode", help="L (grey) or RGB.  [default: as the files are]")] = None,
+    image_size: ImageSize = None,
+    mode: Mode = None,
     patient_pattern: Annotated[
         str | None,
         typer.Option("--patient_pattern", help="Regular expression; its first group is the patient in a file's name."),
     ] = None,
-    max_images: Annotated[int | None, typer.Option("--max_images", help="Random sample of so many images.")] = None,
+    max_images: MaxImages = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of that sample.")] = 0,
     weights: Annotated[
         list[str] | None, typer.Option("--weights", help="PROTOCOL=PATH: where the weights lie; may be repeated.")
@@ -53,26 +63,13 @@ def features(
     role: Annotated[
         str | None, typer.Option("--role", help="reference or samples; only xrv_ldm_source treats them differently.")
     ] = None,
-    feature_size: Annotated[
-        int | None,
-        typer.Option("--feature_size", help="With module:PATH: side of its input.  [default: as the images]"),
-    ] = None,
-    feature_range: Annotated[
-        tuple[float, float] | None,
-        typer.Option("--feature_range", help="With module:PATH: what 0 and 1 become.  [default: 0 1]"),
-    ] = None,
-    feature_channels: Annotated[
-        int | None, typer.Option("--feature_channels", help="With module:PATH: 1 or 3.  [default: as the images]")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    batch_size: Annotated[int, typer.Option("--batch_size", help="Images that a network sees at a time.")] = 32,
-    num_workers: Annotated[int, typer.Option("--num_workers", help="Processes; 0 works in this one.")] = 0,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache_dir", help="Where features are kept.  [default: $MEDGEN_CACHE or ~/.cache/medgen/features]"
-        ),
-    ] = None,
+    feature_size: FeatureSize = None,
+    feature_range: FeatureRange = None,
+    feature_channels: FeatureChannels = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 32,
+    num_workers: NumWorkers = None,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Extract features of images, for `medgen report` and for comparing later."""
     if list_:
@@ -83,13 +80,14 @@ def features(
         raise UserError(f"expected {' and '.join(missing)}; medgen features --help lists the options")
     if output.suffix != ".npz":
         raise UserError(f"--output must be a file that ends in .npz, got {output}")
-    given = weights_by_protocol(weights or [])
 
     from medgen.data.datalist import write_rejected
     from medgen.data.image_set import ImageSet
+    from medgen.data.workers import default_workers
     from medgen.metrics.feature_set import extract_features
-    from medgen.metrics.protocols import get_protocol, make_extractor
+    from medgen.metrics.protocols import get_protocol, make_extractor, parse_weights
 
+    given = parse_weights(weights or [])
     row = get_protocol(
         protocol,
         feature_size=feature_size,
@@ -114,9 +112,10 @@ def features(
         patient_pattern=patient_pattern,
     )
     extractor = make_extractor(row, weights=given.get(row.name), device=device)  # before hours of reading
-    images.scan(num_workers)
+    workers = default_workers() if num_workers is None else num_workers
+    images.scan(workers)
     found = extract_features(
-        images, row, extractor=extractor, batch_size=batch_size, num_workers=num_workers, cache_dir=cache_dir
+        images, row, extractor=extractor, batch_size=batch_size, num_workers=workers, cache_dir=cache_dir
     )
     if images.summary is not None and images.summary.constant:
         constant = images.summary.constant
@@ -138,24 +137,6 @@ def features(
     typer.echo(f"{what} of {len(found)} images, {width} each; {len(found.rejected)} rejected{why} -> {output}")
     if found.rejected:
         raise typer.Exit(REJECTED)
-
-
-def weights_by_protocol(options: Sequence[str]) -> dict[str, str]:
-    """``PROTOCOL=PATH`` options as a dictionary.
-
-    Raises:
-        UserError: one is of another form or names no protocol with weights.
-    """
-    from medgen.metrics.protocols import PROTOCOLS
-
-    with_weights = [name for name, row in PROTOCOLS.items() if row.weights]
-    given = {}
-    for option in options:
-        name, equals, path = option.partition("=")
-        if not equals or not path or name not in with_weights:
-            raise UserError(f"--weights must be PROTOCOL=PATH with one of {', '.join(with_weights)}, got {option!r}")
-        given[name] = path
-    return given
 
 
 def protocol_table() -> str:

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-# public name -> module of this package that defines it
-_HOME = {
-    "Record": "restricted",
-    "StoredTensor": "restricted",
-    "module_state_dict": "restricted",
-    "read_module_weights": "restricted",
-    "read_records": "restricted",
-}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "restricted": ["module_state_dict", "read_module_weights", "read_records", "Record", "StoredTensor"],
+    },
+)

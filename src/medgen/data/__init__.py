@@ -6,36 +6,22 @@ costs each of them ten seconds. What needs MONAI is imported on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-# public name -> module of this package that defines it
-_HOME = {
-    "Frame": "reader",
-    "ImageSet": "image_set",
-    "MedicalImageReader": "image_reader",
-    "ResumableDataLoader": "stream",
-    "UnreadableImageError": "reader",
-    "datalist_hash": "datalist",
-    "derive_seed": "stream",
-    "items_from_folder": "datalist",
-    "load_datalist": "datalist",
-    "read_frames": "reader",
-    "split_by_patient": "datalist",
-    "validate_datalist": "datalist",
-    "write_datalist": "datalist",
-}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "datalist": [
+            "datalist_hash",
+            "items_from_folder",
+            "load_datalist",
+            "split_by_patient",
+            "validate_datalist",
+            "write_datalist",
+        ],
+        "image_reader": ["MedicalImageReader"],
+        "image_set": ["ImageSet"],
+        "reader": ["Frame", "read_frames", "UnreadableImageError"],
+        "stream": ["derive_seed", "ResumableDataLoader"],
+    },
+)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from medgen.errors import UserError
 
-__all__ = ["CRASHED", "map_each", "ordered_map"]
+__all__ = ["CRASHED", "default_workers", "map_each", "ordered_map"]
 
 CRASHED = "the process that worked on it crashed or was killed (damaged file, or too little memory)"
 
@@ -30,6 +30,11 @@ Result = TypeVar("Result")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _environment_lock = threading.Lock()
 _in_worker: dict[str, Any] = {}  # what a worker process was started with
+
+
+def default_workers() -> int:
+    """One per core that this process may use, at most 8: beyond, the disk is the limit."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def map_each(

@@ -6,65 +6,40 @@ MONAI's import costs each of them ten seconds. What needs them is imported on fi
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-# public name -> module of this package that defines it
-_HOME = {
-    "audit_memorisation": "memorisation",
-    "Baseline": "intervals",
-    "bootstrap_interval": "intervals",
-    "bootstrap_mean": "intervals",
-    "draw_worst_pairs": "memorisation",
-    "Estimate": "intervals",
-    "extract_features": "feature_set",
-    "FeatureMoments": "frechet",
-    "FeatureSet": "feature_set",
-    "FeatureSetMetric": "distribution",
-    "frd_score": "frd",
-    "frechet_distance": "frechet",
-    "FrechetDistance": "distribution",
-    "FrechetDistanceMetric": "distribution",
-    "FrechetRadiomicDistance": "distribution",
-    "FrechetRadiomicDistanceMetric": "distribution",
-    "get_protocol": "protocols",
-    "HaarPSI": "paired",
-    "kernel_distance": "kernel",
-    "KernelDistance": "distribution",
-    "KernelDistanceMetric": "distribution",
-    "make_extractor": "protocols",
-    "match_pairs": "paired",
-    "MDSI": "paired",
-    "MemorisationAudit": "memorisation",
-    "ms_ssim_kernel_size": "reconstruction",
-    "MultiScaleGMSD": "paired",
-    "MultiScaleSSIM": "reconstruction",
-    "PAIRED_METRICS": "paired",
-    "paired_quality": "paired",
-    "pairwise_ms_ssim": "diversity",
-    "PairwiseMultiScaleSSIM": "diversity",
-    "PairwiseMultiScaleSSIMMetric": "diversity",
-    "PRDC": "distribution",
-    "prdc_intervals": "intervals",
-    "PRDCMetric": "distribution",
-    "precision_recall_density_coverage": "prdc",
-    "Protocol": "protocols",
-    "PROTOCOLS": "protocols",
-    "RadiomicsExtractor": "radiomics",
-    "real_baseline": "intervals",
-    "shrink_enlarge": "reconstruction",
-}
-
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "distribution": [
+            "FeatureSetMetric",
+            "FrechetDistance",
+            "FrechetDistanceMetric",
+            "FrechetRadiomicDistance",
+            "FrechetRadiomicDistanceMetric",
+            "KernelDistance",
+            "KernelDistanceMetric",
+            "PRDC",
+            "PRDCMetric",
+        ],
+        "diversity": ["pairwise_ms_ssim", "PairwiseMultiScaleSSIM", "PairwiseMultiScaleSSIMMetric"],
+        "feature_set": ["extract_features", "FeatureSet"],
+        "frd": ["frd_score"],
+        "frechet": ["FeatureMoments", "frechet_distance"],
+        "intervals": [
+            "Baseline",
+            "bootstrap_interval",
+            "bootstrap_mean",
+            "Estimate",
+            "prdc_intervals",
+            "real_baseline",
+        ],
+        "kernel": ["kernel_distance"],
+        "memorisation": ["audit_memorisation", "draw_worst_pairs", "MemorisationAudit"],
+        "paired": ["HaarPSI", "match_pairs", "MDSI", "MultiScaleGMSD", "PAIRED_METRICS", "paired_quality"],
+        "prdc": ["precision_recall_density_coverage"],
+        "protocols": ["get_protocol", "make_extractor", "Protocol", "PROTOCOLS"],
+        "radiomics": ["RadiomicsExtractor"],
+        "reconstruction": ["ms_ssim_kernel_size", "MultiScaleSSIM", "shrink_enlarge"],
+    },
+)

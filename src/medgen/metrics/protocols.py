@@ -19,12 +19,14 @@ from medgen.data.image_set import LUMA, file_sha256
 from medgen.errors import UserError
 
 __all__ = [
+    "DEFAULT_PROTOCOLS",
     "PROTOCOLS",
     "Protocol",
     "WeightsFile",
     "find_weights",
     "get_protocol",
     "make_extractor",
+    "parse_weights",
 ]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -258,6 +260,9 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
+DEFAULT_PROTOCOLS = ("frd_v1", "radiomics")  # need no weights
+
+
 def get_protocol(
     name: str,
     *,
@@ -376,3 +381,23 @@ def make_extractor(protocol: Protocol, *, weights: str | os.PathLike | None = No
     from medgen.metrics.extractors import EXTRACTORS
 
     return EXTRACTORS[protocol.extractor](protocol, weights=weights, device=device)
+
+
+def parse_weights(options: Sequence[str], others: Sequence[str] = ()) -> dict[str, str]:
+    """``PROTOCOL=PATH`` options as a dictionary.
+
+    Args:
+        options: as they were typed.
+        others: names beside those of the protocols that have weights.
+
+    Raises:
+        UserError: one is of another form, or names something else.
+    """
+    known = [*(name for name, row in PROTOCOLS.items() if row.weights), *others]
+    given = {}
+    for option in options:
+        name, equals, path = option.partition("=")
+        if not equals or not path or name not in known:
+            raise UserError(f"--weights must be PROTOCOL=PATH with one of {', '.join(known)}, got {option!r}")
+        given[name] = path
+    return given

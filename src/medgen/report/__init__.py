@@ -5,15 +5,6 @@ Importing this package imports neither MONAI nor torch: `medgen --help` asks it 
 
 from __future__ import annotations
 
-from typing import Any
+import lazy_loader
 
-__all__ = ["DEFAULT_PROTOCOLS", "make_report"]
-
-DEFAULT_PROTOCOLS = ("frd_v1", "radiomics")  # need no weights
-
-
-def make_report(*args: Any, **kwargs: Any) -> Any:
-    """See :func:`medgen.report.measure.make_report`."""
-    from medgen.report import measure
-
-    return measure.make_report(*args, **kwargs)
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"measure": ["make_report"]})

@@ -9,9 +9,21 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["app"]
+from medgen.cli_options import (
+    REJECTED,
+    BatchSize,
+    CacheDir,
+    Device,
+    FeatureChannels,
+    FeatureRange,
+    FeatureSize,
+    ImageSize,
+    MaxImages,
+    Mode,
+    NumWorkers,
+)
 
-REJECTED = 3  # exit code: done, but some images were left out; as of the preprocessing commands
+__all__ = ["app"]
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -43,21 +55,13 @@ def report(
         list[str] | None,
         typer.Option(
             "--weights",
-            help="PROTOCOL=FILE, and with --paired also lpips=FILE (LPIPS SqueezeNet); may be repeated. "
+            help="PROTOCOL=PATH, and with --paired also lpips=PATH (LPIPS SqueezeNet); may be repeated. "
             "Nothing is downloaded.",
         ),
     ] = None,
-    feature_size: Annotated[
-        int | None,
-        typer.Option("--feature_size", help="With module:PATH: side of its input.  [default: as the images]"),
-    ] = None,
-    feature_range: Annotated[
-        tuple[float, float] | None,
-        typer.Option("--feature_range", help="With module:PATH: what 0 and 1 become.  [default: 0 1]"),
-    ] = None,
-    feature_channels: Annotated[
-        int | None, typer.Option("--feature_channels", help="With module:PATH: 1 or 3.  [default: as the images]")
-    ] = None,
+    feature_size: FeatureSize = None,
+    feature_range: FeatureRange = None,
+    feature_channels: FeatureChannels = None,
     paired: Annotated[
         bool, typer.Option("--paired", help="Compare each sample with the reference of the same file name, too.")
     ] = False,
@@ -79,28 +83,17 @@ def report(
             "patient in a file's name.",
         ),
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option("--image_size", help="Resize the shorter side to this and crop the centre.")
-    ] = None,
-    mode: Annotated[str | None, typer.Option("--mode", help="L or RGB: convert all images.")] = None,
-    max_images: Annotated[
-        int | None, typer.Option("--max_images", help="Draw at most so many images of each set.")
-    ] = None,
+    image_size: ImageSize = None,
+    mode: Mode = None,
+    max_images: MaxImages = None,
     pairs: Annotated[str, typer.Option("--pairs", help="Pairs of images for MS-SSIM: a number, or `all`.")] = "2000",
     resamples: Annotated[
         int | None, typer.Option("--resamples", help="Bootstrap resamples.  [default: by the width of the features]")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:1.")] = "cpu",
-    batch_size: Annotated[int, typer.Option("--batch_size", help="Images a batch, for networks.")] = 32,
-    num_workers: Annotated[
-        int | None, typer.Option("--num_workers", help="Processes.  [default: one per core, at most 8]")
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache_dir", help="Where features are kept.  [default: $MEDGEN_CACHE or ~/.cache/medgen/features]"
-        ),
-    ] = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 32,
+    num_workers: NumWorkers = None,
+    cache_dir: CacheDir = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every random draw.")] = 0,
     title: Annotated[str | None, typer.Option("--title", help="Heading of the page.")] = None,
     tracking_uri: Annotated[
@@ -111,14 +104,15 @@ def report(
 ) -> None:
     """Measure generated images against real ones and write report.html, report.json and metrics.json."""
     # not at the head: `medgen --help` imports this module for its help line
-    from medgen import report as package
+    from medgen.metrics.protocols import DEFAULT_PROTOCOLS
+    from medgen.report.measure import make_report
 
-    page, found = package.make_report(
+    page, found = make_report(
         samples,
         reference,
         output_dir,
         training=training,
-        protocols=protocol or package.DEFAULT_PROTOCOLS,
+        protocols=protocol or DEFAULT_PROTOCOLS,
         weights=weights or (),
         feature_size=feature_size,
         feature_range=feature_range,

@@ -20,15 +20,15 @@ import numpy as np
 
 from medgen import __version__
 from medgen.data.image_set import ImageSet
+from medgen.data.workers import default_workers
 from medgen.errors import UserError
 from medgen.metrics.feature_set import FeatureSet, extract_features
 from medgen.metrics.frd import FRD_VERSIONS, feature_table, normalise_features
 from medgen.metrics.frechet import FeatureMoments, frechet_distance, small_sample_note
 from medgen.metrics.intervals import Baseline, Estimate, bootstrap_interval, prdc_intervals, real_baseline
 from medgen.metrics.kernel import kernel_distance
-from medgen.metrics.protocols import PROTOCOLS, get_protocol
+from medgen.metrics.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, get_protocol, parse_weights
 from medgen.output import atomic_write_text, git_revision, prepare_output_dir
-from medgen.report import DEFAULT_PROTOCOLS
 
 __all__ = ["Distance", "Measurements", "make_report", "measure"]
 
@@ -199,18 +199,6 @@ def _has_split(source: str | os.PathLike, split: str) -> bool:
     return isinstance(content, dict) and bool(content.get(split))
 
 
-def _parse_weights(weights: Sequence[str]) -> dict[str, str]:
-    parsed = {}
-    for entry in weights:
-        name, equals, path = entry.partition("=")
-        if not equals or not name or not path:
-            raise UserError(f"--weights takes PROTOCOL=FILE, got {entry!r}")
-        if name not in PROTOCOLS and name != "lpips":
-            raise UserError(f"--weights names no protocol: {name!r}; give one of {', '.join(PROTOCOLS)} or lpips")
-        parsed[name] = path
-    return parsed
-
-
 def _parse_pairs(pairs: str | int) -> str | int:
     if pairs == "all":
         return pairs
@@ -261,7 +249,7 @@ def measure(
         reference: real images, the same.
         training: images that the model was trained on; default: the training split of a reference that is a datalist.
         protocols: rows of :data:`medgen.metrics.protocols.PROTOCOLS`, or ``module:PATH``.
-        weights: ``PROTOCOL=FILE`` each.
+        weights: ``PROTOCOL=PATH`` each; with ``paired`` also ``lpips=PATH``, of torchvision's SqueezeNet.
         feature_size: of a ``module:PATH``; see :func:`medgen.metrics.get_protocol`.
         feature_range: likewise.
         feature_channels: likewise.
@@ -286,7 +274,7 @@ def measure(
     Raises:
         UserError: what is wrong with the arguments or the images, before anything long is begun where it can be seen.
     """
-    given_weights, pairs = _parse_weights(weights), _parse_pairs(pairs)
+    given_weights, pairs = parse_weights(weights, ["lpips"]), _parse_pairs(pairs)
     of_module = {
         "feature_size": feature_size,
         "feature_range": feature_range,
@@ -297,7 +285,7 @@ def measure(
         raise UserError("feature_size, feature_range and feature_channels belong to a --protocol module:PATH")
     if len(set(protocols)) != len(protocols):
         raise UserError(f"each --protocol once, got {', '.join(protocols)}")
-    workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+    workers = default_workers() if num_workers is None else num_workers
     shared = {"image_size": image_size, "mode": mode, "max_images": max_images, "seed": seed}
     of_datalist = {"split": None if split == "all" else split, "dataset_dir": dataset_dir}
     of_folder = {"patient_pattern": patient_pattern}
