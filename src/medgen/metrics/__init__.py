@@ -11,6 +11,19 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "anomaly": ["AnomalyScores", "body_region", "heat_map", "localisation_rate", "score_anomaly"],
+        "detection": [
+            "auroc",
+            "auroc_bootstrap",
+            "auroc_delong",
+            "auroc_source_subsampling",
+            "average_precision",
+            "average_precision_bootstrap",
+            "delong_test",
+            "permutation_power",
+            "permutation_test",
+            "sensitivity_at_specificity",
+        ],
         "distribution": [
             "FeatureSetMetric",
             "FrechetDistance",

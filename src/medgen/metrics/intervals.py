@@ -20,9 +20,15 @@ __all__ = [
     "Estimate",
     "bootstrap_interval",
     "bootstrap_mean",
+    "check_level",
+    "check_resamples",
     "default_resamples",
+    "draw_counts",
+    "patient_codes",
     "prdc_intervals",
     "real_baseline",
+    "recentred_interval",
+    "with_few_patients",
 ]
 
 CHEAP_RESAMPLES = 1000  # where a resample costs next to nothing
@@ -150,7 +156,7 @@ def bootstrap_interval(
     Raises:
         UserError: fewer than two patients in a set that is resampled, or what the statistic refuses.
     """
-    _check_level(level)
+    check_level(level)
     samples = _as_table(samples)
     fixed = isinstance(reference, FeatureMoments)
     if fixed and statistic is not frechet_distance:
@@ -163,13 +169,13 @@ def bootstrap_interval(
     if resamples is None:
         larger = max(n_reference, n_samples)
         resamples = CHEAP_RESAMPLES if statistic is kernel_distance else default_resamples(larger, samples.shape[1])
-    _check_resamples(resamples)
+    check_resamples(resamples)
     codes = [
-        None if fixed else _patient_codes(reference_patients, n_reference),
-        _patient_codes(sample_patients, n_samples),
+        None if fixed else patient_codes(reference_patients, n_reference),
+        patient_codes(sample_patients, n_samples),
     ]
     rng = np.random.default_rng(seed)
-    counts = [None if code is None else _draw(rng, code, resamples) for code in codes]
+    counts = [None if code is None else draw_counts(rng, code, resamples) for code in codes]
 
     if statistic is kernel_distance:
         values = kernel_distance_resampled(reference, samples, *counts, *codes, **options)
@@ -186,14 +192,14 @@ def bootstrap_interval(
         with np.errstate(divide="ignore"):
             value, values = float(np.log(value)), np.log(values)
     if np.isfinite(value):
-        low, high, note = _interval(value, values, level)
+        low, high, note = recentred_interval(value, values, level)
     else:
         low, high, note = value, value, "no interval: the two sets are one"
     if statistic is frechet_distance:
         low = low if log else max(low, 0.0)
         note = "; ".join(filter(None, [note, small_sample_note(min(n_reference, n_samples), samples.shape[1])]))
     patients = min(code.max() + 1 for code in codes if code is not None)
-    return Estimate(value, low, high, n_reference, n_samples, level, _with_few(note, patients))
+    return Estimate(value, low, high, n_reference, n_samples, level, with_few_patients(note, patients))
 
 
 def bootstrap_mean(
@@ -219,16 +225,16 @@ def bootstrap_mean(
     Raises:
         UserError: fewer than two patients, or values that are not finite.
     """
-    _check_level(level)
-    _check_resamples(resamples)
+    check_level(level)
+    check_resamples(resamples)
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise UserError(f"values must be one finite number per image, got shape {values.shape}; drop what failed")
-    codes = _patient_codes(patients, len(values))
-    counts = _draw(np.random.default_rng(seed), codes, resamples)
+    codes = patient_codes(patients, len(values))
+    counts = draw_counts(np.random.default_rng(seed), codes, resamples)
     value = float(values.mean())
-    low, high, note = _interval(value, counts @ values / counts.sum(axis=1), level)
-    return Estimate(value, low, high, len(values), len(values), level, _with_few(note, codes.max() + 1))
+    low, high, note = recentred_interval(value, counts @ values / counts.sum(axis=1), level)
+    return Estimate(value, low, high, len(values), len(values), level, with_few_patients(note, codes.max() + 1))
 
 
 def prdc_intervals(
@@ -296,7 +302,7 @@ def real_baseline(
         UserError: fewer than two patients, or halves that the statistic refuses.
     """
     features = _as_table(features)
-    codes = _patient_codes(patients, len(features))
+    codes = patient_codes(patients, len(features))
     if repeats < 1:
         raise UserError(f"repeats must be at least 1, got {repeats}; take 10")
     rng = np.random.default_rng(seed)
@@ -329,7 +335,7 @@ def _repeat(rows: NDArray, counts: NDArray[np.float64]) -> NDArray:
     return rows[np.repeat(np.arange(len(rows)), counts.astype(np.intp))]
 
 
-def _interval(value: float, values: NDArray[np.float64], level: float) -> tuple[float, float, str]:
+def recentred_interval(value: float, values: NDArray[np.float64], level: float) -> tuple[float, float, str]:
     """Recentred percentiles (or a normal interval, for few resamples) and how they came about."""
     values = values[np.isfinite(values)]
     if not len(values):
@@ -345,13 +351,18 @@ def _interval(value: float, values: NDArray[np.float64], level: float) -> tuple[
     return low, high, f"{kind} of {len(values)} resamples, moved back by their mean excess of {excess:.3g}"
 
 
-def _draw(rng: np.random.Generator, codes: NDArray[np.intp], resamples: int) -> NDArray[np.float64]:
+def draw_counts(rng: np.random.Generator, codes: NDArray[np.intp], resamples: int) -> NDArray[np.float64]:
     """(R, N): how often each image counts when patients are drawn with replacement."""
     patients = int(codes.max()) + 1
     return rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(np.float64)[:, codes]
 
 
-def _patient_codes(patients: Sequence[str] | None, n: int) -> NDArray[np.intp]:
+def patient_codes(patients: Sequence[str] | None, n: int) -> NDArray[np.intp]:
+    """(N,) number from 0 of each image's patient; of the image itself where patients are None.
+
+    Raises:
+        UserError: another number of patients than images, or fewer than two patients.
+    """
     if patients is None:
         codes = np.arange(n)
     elif len(patients) != n:
@@ -366,15 +377,18 @@ def _patient_codes(patients: Sequence[str] | None, n: int) -> NDArray[np.intp]:
     return codes
 
 
-def _with_few(note: str, patients: int) -> str:
+def with_few_patients(note: str, patients: int) -> str:
+    """The note, with a warning where fewer than 20 patients were resampled."""
     return note if patients >= FEW_PATIENTS else f"{note}; a rough interval: only {patients} patients"
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """Refuse a level of confidence that is none."""
     if not 0 < level < 1:
         raise UserError(f"level must lie between 0 and 1, got {level}; take 0.95")
 
 
-def _check_resamples(resamples: int) -> None:
+def check_resamples(resamples: int) -> None:
+    """Refuse fewer than two resamples."""
     if resamples < 2:
         raise UserError(f"resamples must be at least 2, got {resamples}; take 200 or more")
