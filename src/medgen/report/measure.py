@@ -38,9 +38,9 @@ FEWEST_FOR_HALVES = 4  # patients: each half needs two images
 NEAREST_K = 5
 MOST_FOR_NEIGHBOURS = 10_000  # images of a set that precision, recall and the kernel distance look at
 TITLES = {
-    "frd_v1": "FRD (radiomics, frd-score 1.x)",
-    "frd_v0": "FRD v0 (radiomics, frd-score 0.x)",
-    "radiomics": "FRD over all radiomics here",
+    "frd_v1": "FRD v1, log d² (frd-score 1.x)",
+    "frd_v0": "FRD v0 (frd-score 0.x)",
+    "radiomics": "FRD on all radiomics, log d²",
     "fid": "FID (Inception v3)",
     "fid_tf": "FID (Inception v3, TensorFlow's resizing)",
     "fsd": "FSD (SwAV ResNet-50)",
@@ -180,7 +180,8 @@ def _open(source: str | os.PathLike, role: str, **options: Any) -> ImageSet | Fe
     """Images of a folder or datalist, or features that were saved."""
     path = Path(source)
     if path.suffix.lower() != ".npz":
-        return ImageSet.from_source(path, name=f"{role} {path.name}", **options)
+        split = f" ({options['split']})" if options.get("split") else ""
+        return ImageSet.from_source(path, name=f"{role} {path.name}{split}", **options)
     if not path.is_file():
         raise UserError(f"expected a feature file of the {role}, got {path}, which does not exist")
     if zipfile.is_zipfile(path):
