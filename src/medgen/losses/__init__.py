@@ -4,5 +4,20 @@ from __future__ import annotations
 
 from medgen.losses.kl import GaussianKLLoss
 from medgen.losses.perceptual import LocalLPIPS
+from medgen.losses.stylegan2 import (
+    PathLengthRegulariser,
+    discriminator_loss,
+    generator_loss,
+    lazy_adam_settings,
+    r1_penalty,
+)
 
-__all__ = ["GaussianKLLoss", "LocalLPIPS"]
+__all__ = [
+    "GaussianKLLoss",
+    "LocalLPIPS",
+    "PathLengthRegulariser",
+    "discriminator_loss",
+    "generator_loss",
+    "lazy_adam_settings",
+    "r1_penalty",
+]
