@@ -1,9 +1,10 @@
-"""Intervals by resampling patients: coverage on Gaussians of known distance; the real-against-real baseline."""
+"""Intervals by resampling patients: coverage on Gaussians of known distance; baselines and distances at equal n."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from medgen.errors import UserError
 from medgen.metrics.frechet import FeatureMoments, frechet_distance
@@ -11,6 +12,8 @@ from medgen.metrics.intervals import (
     bootstrap_interval,
     bootstrap_mean,
     default_resamples,
+    exact_binomial,
+    matched_distance,
     prdc_intervals,
     real_baseline,
 )
@@ -80,7 +83,9 @@ def test_images_of_one_patient_do_not_count_as_independent(statistic):
     y += 1
     by_patient = bootstrap_interval(x, y, statistic, reference_patients=patients, sample_patients=patients)
     by_image = bootstrap_interval(x, y, statistic)
-    assert by_patient.value == by_image.value == statistic(x, y)
+    known = {"x_patients": patients, "y_patients": patients} if statistic is kernel_distance else {}
+    assert by_image.value == statistic(x, y)
+    assert by_patient.value == statistic(x, y, **known)
     assert by_patient.high - by_patient.low > 2 * (by_image.high - by_image.low)
 
 
@@ -96,10 +101,23 @@ def test_kernel_intervals_surround_the_value_without_having_been_moved():
     x, y, _ = gaussians(np.random.default_rng(6), 80, 4)
     patients = [str(number // 2) for number in range(80)]
     estimate = bootstrap_interval(x, y, kernel_distance, reference_patients=patients, degree=2)
-    assert estimate.value == kernel_distance(x, y, degree=2)
+    assert estimate.value == kernel_distance(x, y, degree=2, x_patients=patients) != kernel_distance(x, y, degree=2)
     assert estimate.low < estimate.value < estimate.high
     excess = float(estimate.note.split("excess of ")[1].split(";")[0])
     assert abs(excess) < 0.05 * (estimate.high - estimate.low)
+
+
+def test_kernel_intervals_cover_zero_where_equal_distributions_have_several_images_a_patient():
+    rng = np.random.default_rng(20)
+    patients = np.arange(50).repeat(6)
+    covered = 0
+    for seed in range(25):
+        x, y = (0.8 * rng.normal(size=(50, 20)).repeat(6, axis=0) + 0.6 * rng.normal(size=(300, 20)) for _ in range(2))
+        estimate = bootstrap_interval(
+            x, y, kernel_distance, reference_patients=patients, sample_patients=patients, resamples=200, seed=seed
+        )
+        covered += estimate.low <= 0 <= estimate.high
+    assert covered >= 22
 
 
 def test_moments_of_the_reference_are_held_fixed():
@@ -150,6 +168,38 @@ def test_prdc_intervals_surround_the_values():
         assert (estimate.n_reference, estimate.n_samples) == (150, 100)
 
 
+def test_prdc_intervals_measure_neighbours_of_other_patients():
+    rng = np.random.default_rng(21)
+    patients = np.arange(30).repeat(4)
+    real, fake = (rng.normal(size=(30, 8)).repeat(4, axis=0) + 0.3 * rng.normal(size=(120, 8)) for _ in range(2))
+    known = {"real_patients": patients, "fake_patients": patients}
+    values = precision_recall_density_coverage(real, fake, 3, **known)
+    estimates = prdc_intervals(real, fake, 3, **known, resamples=50)
+    assert {name: estimate.value for name, estimate in estimates.items()} == pytest.approx(values)
+
+
+def test_a_share_of_nought_or_one_has_the_exact_binomial_interval_of_the_patients():
+    rng = np.random.default_rng(22)
+    real, fake = rng.normal(size=(60, 3)), rng.normal(size=(40, 3)) + 100
+    apart = prdc_intervals(real, fake, 3, fake_patients=np.arange(40) // 2)
+    assert (apart["precision"].value, apart["precision"].low) == (0, 0)
+    assert apart["precision"].high == pytest.approx(1 - 0.025 ** (1 / 20))  # Clopper and Pearson at no success
+    assert "exact binomial interval for 20 patients" in apart["precision"].note
+    assert apart["coverage"].high == pytest.approx(1 - 0.025 ** (1 / 60))
+    assert "for 60 images" in apart["coverage"].note
+    assert (apart["density"].low, apart["density"].high) == (0, 0)
+    copies = prdc_intervals(real, real.copy(), 3, real_patients=np.arange(60) // 5, level=0.9)
+    assert (copies["recall"].value, copies["recall"].high) == (1, 1)
+    assert copies["recall"].low == pytest.approx(0.05 ** (1 / 12))
+    assert copies["recall"].note.endswith("a rough interval: only 12 patients")
+
+
+def test_exact_binomial_ends_are_those_of_the_binomial_tails():
+    low, high = exact_binomial(3, 20, 0.95)
+    assert binom.sf(2, 20, low) == pytest.approx(0.025, rel=1e-4)
+    assert binom.cdf(3, 20, high) == pytest.approx(0.025, rel=1e-4)
+
+
 def test_baseline_divides_by_patient_and_states_the_halves():
     rng = np.random.default_rng(11)
     sizes = rng.integers(1, 9, 40)
@@ -178,6 +228,120 @@ def test_baseline_of_the_kernel_distance_is_about_zero_and_below_that_of_another
     assert (baseline.n_first, baseline.n_second) == (100, 100)
 
 
+def of_patients(rng: np.random.Generator, sizes: np.ndarray, d: int = 3) -> tuple[np.ndarray, list[str]]:
+    """Features, the first of which is the patient's number, and patients in mixed order."""
+    numbers = rng.permutation(np.arange(len(sizes)).repeat(sizes))
+    return np.column_stack([numbers, rng.normal(size=(len(numbers), d))]), [f"P{number}" for number in numbers]
+
+
+def test_statistic_is_given_the_patients_of_the_halves():
+    rng = np.random.default_rng(23)
+    real, patients = of_patients(rng, rng.integers(1, 6, 20))
+    samples, sample_patients = of_patients(rng, rng.integers(1, 6, 40))
+    seen = []
+
+    def statistic(a, b, *, x_patients, y_patients, factor):
+        seen.append((x_patients, y_patients))
+        for images, known in ((a, x_patients), (b, y_patients)):
+            assert known is None or [f"P{int(number)}" for number in images[:, 0]] == known
+        return factor
+
+    assert real_baseline(real, patients, statistic, 3, by_patient=True, factor=2.0).mean == 2
+    assert all(not set(x) & set(y) for x, y in seen)
+    both = {"reference_patients": patients, "sample_patients": sample_patients}
+    matched_distance(real, samples, statistic, **both, by_patient=True, factor=1)
+    assert None not in seen[-1]
+    real_baseline(real, None, statistic, 1, by_patient=True, factor=1)
+    assert seen[-1] == (None, None)
+    matched_distance(real, samples, statistic, reference_patients=patients, repeats=1, by_patient=True, factor=1)
+    assert seen[-1][0] is not None
+    assert seen[-1][1] is None
+
+
+def test_kernel_baseline_by_patient_is_about_zero_where_patients_have_several_images():
+    rng = np.random.default_rng(24)
+    patients = np.arange(60).repeat(6)
+    real = 0.8 * rng.normal(size=(60, 20)).repeat(6, axis=0) + 0.6 * rng.normal(size=(360, 20))
+    known, unknown = (real_baseline(real, patients, kernel_distance, by_patient=by) for by in (True, False))
+    assert known.low < 0 < known.high
+    assert unknown.low > 0
+
+
+def test_matched_distance_takes_the_baselines_first_halves_and_whole_patients_of_the_samples():
+    rng = np.random.default_rng(25)
+    real, patients = of_patients(rng, rng.integers(1, 7, 50))
+    samples, sample_patients = of_patients(rng, rng.integers(1, 7, 90))
+    firsts, drawn = [], []
+
+    def of_baseline(a, b):
+        firsts.append(a)
+        return 0.0
+
+    def of_samples(a, b):
+        drawn.append((a, b))
+        return 0.0
+
+    baseline = real_baseline(real, patients, of_baseline, repeats=6, seed=4)
+    matched = matched_distance(
+        real,
+        samples,
+        of_samples,
+        reference_patients=patients,
+        sample_patients=sample_patients,
+        repeats=6,
+        seed=4,
+    )
+    assert all(np.array_equal(first, a) for first, (a, _) in zip(firsts, drawn, strict=True))
+    for (_, n_real), (_, n_drawn), (_, b) in zip(baseline.halves, matched.halves, drawn, strict=True):
+        assert abs(n_real - n_drawn) <= 3
+        whole = samples[np.isin(samples[:, 0], b[:, 0])]
+        assert np.array_equal(whole, b)
+        assert n_drawn == len(b)
+    assert len({tuple(b[:, 0]) for _, b in drawn}) == 6
+    assert matched.n_patients == 50
+
+
+def test_matched_distance_draws_images_without_replacement_and_all_where_they_are_few():
+    rng = np.random.default_rng(26)
+    real, samples = rng.normal(size=(81, 2)), rng.normal(size=(100, 2))
+    sizes = []
+
+    def statistic(a, b):
+        sizes.append(len(np.unique(b, axis=0)))
+        return float(len(b))
+
+    baseline = real_baseline(real, statistic=statistic, repeats=4)
+    sizes.clear()
+    assert matched_distance(real, samples, statistic, repeats=4).halves == baseline.halves
+    assert sizes == [second for _, second in baseline.halves]
+    few = matched_distance(real, samples[:15], statistic, repeats=4)
+    assert few.values == (15.0,) * 4
+    assert few.n_second == 15
+    assert matched_distance(real, samples, repeats=3, seed=7) == matched_distance(real, samples, repeats=3, seed=7)
+
+
+def test_matched_distance_of_equal_distributions_is_the_baseline():
+    rng = np.random.default_rng(27)
+    ratios = []
+    for seed in range(20):
+        real, samples = rng.normal(size=(200, 30)), rng.normal(size=(200, 30))
+        ratios.append(matched_distance(real, samples, seed=seed).mean / real_baseline(real, seed=seed).mean)
+    assert np.mean(ratios) == pytest.approx(1, abs=3 * np.std(ratios) / 20**0.5)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.03)
+
+
+def test_matched_distance_shows_a_shift_that_the_value_at_full_n_hides_below_the_baseline():
+    above, hidden = 0, 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        real, samples = rng.normal(size=(200, 100)), rng.normal(size=(200, 100)) + 0.3
+        baseline = real_baseline(real, seed=seed, repeats=3)
+        above += matched_distance(real, samples, seed=seed, repeats=3).mean > baseline.mean
+        hidden += frechet_distance(real, samples) < baseline.mean
+    assert above >= 19
+    assert hidden == 20
+
+
 def test_bad_input_is_refused():
     x, y, _ = gaussians(np.random.default_rng(13), 10, 3)
     with pytest.raises(UserError, match="at least 2 patients"):
@@ -194,6 +358,10 @@ def test_bad_input_is_refused():
         real_baseline(x, ["A"] * 10)
     with pytest.raises(UserError, match="at least 2 images in each, got 1"):
         real_baseline(x[:2])
+    with pytest.raises(UserError, match="at least 2 patients"):
+        matched_distance(x, y, sample_patients=["A"] * 10)
+    with pytest.raises(UserError, match="repeats must be at least 1, got 0"):
+        matched_distance(x, y, repeats=0)
     with pytest.raises(UserError, match="must be a finite number, got nan"):
         bootstrap_interval(x, y, lambda a, b: float("nan"))
     x[3, 0] = np.nan

@@ -1,4 +1,4 @@
-"""Kernel distance against torchmetrics, torch-fidelity and the plain definition; resampling; refusals."""
+"""Kernel distance against torchmetrics, torch-fidelity and the plain definition; patients; resampling; refusals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,20 @@ def two_sets(n: int, m: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return rng.normal(size=(n, d)), rng.normal(size=(m, d)) * 1.2 + 0.3
 
 
-def by_definition(x: np.ndarray, y: np.ndarray, degree=3, gamma=None, coef0=1.0) -> float:
+def by_definition(x, y, degree=3, gamma=None, coef0=1.0, x_patients=None, y_patients=None) -> float:
     k = lambda a, b: (a @ b * (gamma or 1 / len(a)) + coef0) ** degree  # noqa: E731
-    inside = [np.mean([k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j]) for s in (x, y)]
+    inside = []
+    for s, patients in ((x, x_patients), (y, y_patients)):
+        patients = range(len(s)) if patients is None else patients
+        pairs = [(i, j) for i in range(len(s)) for j in range(len(s)) if patients[i] != patients[j]]
+        inside.append(np.mean([k(s[i], s[j]) for i, j in pairs]))
     return sum(inside) - 2 * np.mean([k(a, b) for a in x for b in y])
+
+
+def of_patients(rng: np.random.Generator, patients: int = 50, images: int = 6, d: int = 20) -> np.ndarray:
+    """Features of several images of each patient, correlated by 0.64 within one."""
+    own = rng.normal(size=(patients, 1, d)).repeat(images, axis=1)
+    return (0.8 * own + 0.6 * rng.normal(size=(patients, images, d))).reshape(-1, d)
 
 
 @pytest.mark.parametrize("shape", [(120, 8), (40, 100)])
@@ -46,6 +56,34 @@ def test_sets_of_different_size_follow_the_definition_whatever_the_blocks(option
         assert kernel_distance(y, x, **options) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("options", [{}, {"degree": 2, "gamma": 0.3, "coef0": 0.5}])
+def test_pairs_of_one_patient_are_left_out_of_both_sets_whatever_the_blocks_and_the_order(options, monkeypatch):
+    x, y = two_sets(23, 31, 4)
+    rng = np.random.default_rng(1)
+    patients = {"x_patients": [f"P{n}" for n in rng.integers(0, 9, 23)], "y_patients": rng.integers(0, 12, 31)}
+    expected = by_definition(x, y, **options, **patients)
+    assert abs(expected - by_definition(x, y, **options)) > 1e-3
+    for block in (1024, 7, 1):
+        monkeypatch.setattr(kernel, "BLOCK", block)
+        assert kernel_distance(x, y, **options, **patients) == pytest.approx(expected, rel=1e-9)
+
+
+def test_images_of_few_patients_from_one_distribution_give_zero_on_average():
+    rng = np.random.default_rng(0)
+    patients = np.arange(50).repeat(6)
+    sets = [(of_patients(rng), of_patients(rng)) for _ in range(60)]
+    known = [kernel_distance(x, y, x_patients=patients, y_patients=patients) for x, y in sets]
+    taken_for_strangers = [kernel_distance(x, y) for x, y in sets]
+    assert abs(np.mean(known)) < 3 * np.std(known) / 60**0.5
+    assert np.mean(taken_for_strangers) > 10 * np.std(taken_for_strangers) / 60**0.5
+
+
+def test_numbers_and_text_name_the_same_patient():
+    x, y = two_sets(6, 6, 3)
+    as_text = kernel_distance(x, y, x_patients=["1", "1", "2", "2", "3", "3"])
+    assert kernel_distance(x, y, x_patients=[1, "1", 2, "2", 3, "3"]) == as_text != kernel_distance(x, y)
+
+
 def test_equal_distributions_give_zero_on_average_at_any_n():
     rng = np.random.default_rng(4)
     for n in (5, 50):
@@ -65,7 +103,7 @@ def test_subsets_of_everything_are_the_distance_itself_and_smaller_ones_scatter_
     assert mean != kernel_distance_subsets(x, y, subsets=200, subset_size=30, seed=2)[0]
 
 
-def test_resamples_leave_out_the_kernel_of_an_image_with_its_copy(monkeypatch):
+def test_resamples_leave_out_the_kernel_of_a_patient_with_itself_and_its_copies(monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 4)
     x, y = two_sets(6, 9, 3)
     patients = np.array([0, 1, 1, 2, 1, 3])
@@ -77,8 +115,8 @@ def test_resamples_leave_out_the_kernel_of_an_image_with_its_copy(monkeypatch):
         total = pairs = 0.0
         for i in range(len(s)):
             for j in range(len(s)):
-                if i != j:
-                    weight = counts[i] * counts[j] if codes[i] != codes[j] else counts[i]
+                if codes[i] != codes[j]:
+                    weight = counts[i] * counts[j]
                     total, pairs = total + weight * k(s[i], s[j]), pairs + weight
         return total / pairs
 
@@ -94,7 +132,7 @@ def test_resamples_of_equal_counts_are_the_distance_itself():
     x, y = two_sets(12, 15, 3)
     patients = np.arange(12) // 3
     values = kernel_distance_resampled(x, y, np.ones((2, 12)), np.ones((2, 15)), patients)
-    np.testing.assert_allclose(values, kernel_distance(x, y), rtol=1e-9)
+    np.testing.assert_allclose(values, kernel_distance(x, y, x_patients=patients), rtol=1e-9)
 
 
 def test_a_resample_without_a_pair_has_no_value():
@@ -109,6 +147,10 @@ def test_bad_input_is_refused():
         kernel_distance(x, y[:, :2])
     with pytest.raises(UserError, match="at least 2 images in each, got 1"):
         kernel_distance(x, y[:1])
+    with pytest.raises(UserError, match="at least 2 patients, got 1 patient"):
+        kernel_distance(x, y, y_patients=["A"] * 8)
+    with pytest.raises(UserError, match="for each of the 10 images, got 8"):
+        kernel_distance(x, y, x_patients=["A"] * 8)
     with pytest.raises(UserError, match="from 2 to the 8 images of the smaller set"):
         kernel_distance_subsets(x, y)
     x[7, 1] = np.nan

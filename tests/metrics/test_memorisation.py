@@ -342,6 +342,29 @@ def test_held_out_images_of_training_patients_or_pixels_are_not_calibrated_with(
     assert any("no held-out images" in note for note in by_patient.notes)
 
 
+def test_numbers_and_text_name_the_same_patient(training, held_out):
+    numbers, text = list(range(len(training))), ["3", "4", *(f"h{i}" for i in range(len(held_out) - 2))]
+
+    audit = audit_memorisation([body(900)], training, held_out, training_patients=numbers, held_out_patients=text)
+
+    assert audit.n_leaked == 2
+
+
+def test_unknown_patients_are_told_as_what_they_may_hide(training, held_out):
+    trained, others = [f"t{i}" for i in range(len(training))], [f"h{i}" for i in range(len(held_out))]
+
+    def note(*sets, **patients):
+        return [note for note in audit_memorisation([body(900)], *sets, **patients).notes if "unknown" in note]
+
+    assert "patients of the training and held-out images are unknown" in note(training, held_out)[0]
+    assert "of the training images" in note(training, held_out, held_out_patients=others)[0]
+    assert "of the held-out images" in note(training, held_out, training_patients=trained)[0]
+    assert "of the training images" in note(training)[0]
+    assert "may raise the limit and hide copies" in note(training)[0]
+    assert not note(training, held_out, training_patients=trained, held_out_patients=others)
+    assert not note(training, training_patients=trained)
+
+
 def test_calibration_takes_one_image_a_patient_and_compares_it_with_other_patients(training):
     class WithPatients(list):
         patients = tuple(np.repeat(np.arange(30), 2))
@@ -561,6 +584,20 @@ def test_unusable_features_are_refused(samples, message, features):
         audit_features(samples, features[1], features[2])
 
 
+def test_features_of_unknown_patients_are_told_and_identifiers_compared_as_text(features):
+    samples, training, held_out = features
+    numbers, text = list(range(len(training))), [str(i) for i in range(5, 5 + len(held_out))]
+
+    unknown = audit_features(samples, training, held_out)
+    alone = audit_features(samples, training)
+    known = audit_features(samples, training, held_out, training_patients=numbers, held_out_patients=text)
+
+    assert any("training and held-out images are unknown" in note for note in unknown.notes)
+    assert any("compared with all others" in note for note in alone.notes)
+    assert not any("unknown" in note for note in known.notes)
+    assert any("share their patient with the training set" in note for note in known.notes)
+
+
 def test_audit_carries_the_features_it_is_given(training, held_out, features):
     samples, of_training, of_held_out = features[0][:2], features[1][:60], features[2][:40]
 
@@ -585,7 +622,7 @@ def test_picture_shows_sample_above_aligned_training_above_difference(training, 
     np.testing.assert_allclose(aligned[inside], samples[1][0][inside], atol=1e-6)
     np.testing.assert_allclose(difference[inside], 0, atol=1e-4)
     assert (difference[:, -3:] == 1).all()
-    assert "FLAGGED: sample 1" in figure.axes[0].get_title()
+    assert figure.axes[0].get_title().startswith("sample 1\nFLAGGED\n")
     assert "training 4\nflip horizontal, shift (0, -3)" in figure.axes[1].get_title()
     with Image.open(tmp_path / "pairs" / "worst.png") as picture:
         assert np.ptp(np.asarray(picture.convert("L"))) > 100

@@ -17,10 +17,15 @@ def two_sets(n: int, m: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return rng.normal(size=(n, d)), rng.normal(size=(m, d)) * 0.6 + 0.4  # fakes less varied: precision is not recall
 
 
-def by_definition(real: np.ndarray, fake: np.ndarray, k: int) -> dict[str, float]:
+def by_definition(real, fake, k: int, real_patients=None, fake_patients=None) -> dict[str, float]:
     distance = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1))  # noqa: E731
-    real_radii = np.sort(distance(real, real), axis=1)[:, k]
-    fake_radii = np.sort(distance(fake, fake), axis=1)[:, k]
+
+    def radii(images, patients):
+        patients = np.arange(len(images)) if patients is None else np.asarray(patients)
+        between = distance(images, images)
+        return np.array([np.sort(between[i][patients != patients[i]])[k - 1] for i in range(len(images))])
+
+    real_radii, fake_radii = radii(real, real_patients), radii(fake, fake_patients)
     between = distance(real, fake)
     in_real, in_fake = between <= real_radii[:, None], between <= fake_radii[None]
     return {
@@ -37,6 +42,33 @@ def test_all_four_follow_the_definition_whatever_the_blocks(n, m, d, k, block, m
     monkeypatch.setattr(prdc, "BLOCK_VALUES", block)
     real, fake = two_sets(n, m, d)
     assert precision_recall_density_coverage(real, fake, k) == pytest.approx(by_definition(real, fake, k), abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [2**22, 500])
+def test_balls_reach_to_images_of_other_patients_in_both_sets(block, monkeypatch):
+    monkeypatch.setattr(prdc, "BLOCK_VALUES", block)
+    real, fake = two_sets(60, 80, 6)
+    rng = np.random.default_rng(2)
+    patients = {"real_patients": rng.integers(0, 12, 60), "fake_patients": rng.integers(0, 20, 80)}
+    found = precision_recall_density_coverage(real, fake, 3, **patients)
+    assert found == pytest.approx(by_definition(real, fake, 3, **patients), abs=1e-12)
+    plain = precision_recall_density_coverage(real, fake, 3)
+    assert found["density"] > plain["density"]
+    assert found["recall"] > plain["recall"]
+
+
+def test_several_images_a_patient_do_not_lower_the_scores_of_fakes_from_the_same_distribution():
+    rng = np.random.default_rng(3)
+    patients = np.arange(50).repeat(6)
+    real, fake = (
+        (0.8 * rng.normal(size=(50, 20)).repeat(6, axis=0) + 0.6 * rng.normal(size=(300, 20))) for _ in range(2)
+    )
+    one_each = precision_recall_density_coverage(rng.normal(size=(300, 20)), rng.normal(size=(300, 20)))
+    known = precision_recall_density_coverage(real, fake, real_patients=patients, fake_patients=patients)
+    unknown = precision_recall_density_coverage(real, fake)
+    for name in ("precision", "recall", "coverage"):
+        assert known[name] == pytest.approx(one_each[name], abs=0.12)
+        assert unknown[name] < one_each[name] - 0.15
 
 
 @pytest.mark.parametrize("d", [2, 30])
@@ -87,6 +119,10 @@ def test_bad_input_is_refused():
     real, fake = two_sets(30, 5, 4)
     with pytest.raises(UserError, match="less than the 5 images of the smaller set, got 5"):
         precision_recall_density_coverage(real, fake)
+    with pytest.raises(UserError, match="3 neighbours of other patients, got a patient with 28 of the 30 real images"):
+        precision_recall_density_coverage(real, fake, 3, real_patients=["A"] * 28 + ["B", "C"])
+    with pytest.raises(UserError, match="2 neighbours of other patients, got a patient with 4 of the 5 fake images"):
+        precision_recall_density_coverage(real, fake, 2, fake_patients=[1, 1, 1, 1, 2])
     with pytest.raises(UserError, match="same number of features"):
         precision_recall_density_coverage(real, fake[:, :2], nearest_k=2)
     fake[2, 0] = np.inf

@@ -44,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "bootstrap_interval",
             "bootstrap_mean",
             "Estimate",
+            "matched_distance",
             "prdc_intervals",
             "real_baseline",
         ],

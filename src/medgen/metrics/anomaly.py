@@ -16,8 +16,7 @@ from scipy import ndimage
 from skimage.measure import label
 
 from medgen.errors import UserError
-from medgen.metrics.detection import _exact_binomial
-from medgen.metrics.intervals import Estimate, bootstrap_mean, check_level
+from medgen.metrics.intervals import Estimate, bootstrap_mean, check_level, exact_binomial
 
 __all__ = [
     "AnomalyMaps",
@@ -490,7 +489,7 @@ def _rate(hits: NDArray[np.bool_], names: NDArray, level: float, seed: int) -> E
             # moving the resamples back may have moved an end over the edge
             return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
         note += f" for {independent} images or patients, as all their patches agree"
-    low, high = _exact_binomial(round(value * independent), independent, level)
+    low, high = exact_binomial(round(value * independent), independent, level)
     return Estimate(value, low, high, n, n, level, note)
 
 

@@ -17,7 +17,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm, rankdata
+from scipy.stats import norm, rankdata
 
 from medgen.errors import UserError
 from medgen.metrics.intervals import (
@@ -26,6 +26,7 @@ from medgen.metrics.intervals import (
     check_level,
     check_resamples,
     draw_counts,
+    exact_binomial,
     patient_codes,
     recentred_interval,
     with_few_patients,
@@ -300,7 +301,7 @@ def sensitivity_at_specificity(
     found = _bootstrap(statistic, scores, labels, patients, resamples, level, seed)
     if found.low == found.high:
         n = _patients_by_class(labels, patients)[1]
-        low, high = _exact_binomial(round(found.value * n), n, level)
+        low, high = exact_binomial(round(found.value * n), n, level)
         found = replace(found, low=low, high=high, note=f"exact binomial interval for {n} anomalous patients")
     return OperatingPoint(found, float((ordinary <= threshold).mean()), threshold)
 
@@ -541,7 +542,7 @@ def permutation_power(
     for _ in range(simulations):
         groups = rng.choice(first, n_first), rng.choice(second, n_second)
         rejected += _permutation_p(*groups, alternative, shuffles, rng) <= alpha
-    low, high = _exact_binomial(rejected, simulations, level)
+    low, high = exact_binomial(rejected, simulations, level)
     note = f"{simulations} simulated studies of {shuffles} shuffles, {alternative}, alpha {alpha:g}"
     return Estimate(rejected / simulations, low, high, n_second, n_first, level, note)
 
@@ -706,12 +707,6 @@ def _patients_by_class(labels: NDArray[np.bool_], patients: Sequence[str] | None
     """Patients with an ordinary image, patients with an anomaly."""
     codes = patient_codes(patients, len(labels))
     return len(np.unique(codes[~labels])), len(np.unique(codes[labels]))
-
-
-def _exact_binomial(successes: int, trials: int, level: float) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a share."""
-    found = binomtest(successes, trials).proportion_ci(level, "exact")
-    return float(found.low), float(found.high)
 
 
 def _check(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,13 +10,20 @@ from numpy.typing import ArrayLike, NDArray
 from medgen.errors import UserError
 from medgen.metrics.frechet import _as_table, _check_finite, _check_two
 
-__all__ = ["kernel_distance", "kernel_distance_resampled", "kernel_distance_subsets"]
+__all__ = ["kernel_distance", "kernel_distance_resampled", "kernel_distance_subsets", "patient_codes"]
 
 BLOCK = 1024  # rows: a block of the kernel matrix takes 8 MB, and the whole is never held
 
 
 def kernel_distance(
-    x: ArrayLike, y: ArrayLike, degree: int = 3, gamma: float | None = None, coef0: float = 1.0
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    x_patients: Sequence[str] | None = None,
+    y_patients: Sequence[str] | None = None,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
 ) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (gamma a.b + coef0)^degree, on all images.
 
@@ -24,22 +31,29 @@ def kernel_distance(
     (:func:`kernel_distance_subsets`), which has the same expectation and more noise. Unlike the Fréchet distance it has
     no bias from small n; slightly negative values are what two equal sets give half of the time.
 
+    The estimate is unbiased because it leaves out each image paired with itself. Images of one patient resemble each
+    other in the same way, and pairs of them would raise the distance of two equal sets above 0: where patients are
+    known, the mean within a set is taken over the pairs of different patients only.
+
     The kernel is not invariant to the features' units: standardise features of different units (radiomics) first, with
     one mean and standard deviation for both sets.
 
     Args:
         x: (N, D) features.
         y: (M, D) features; N and M may differ.
+        x_patients: (N,) patient of each image; each image its own by default.
+        y_patients: (M,), the same for ``y``.
         degree: of the polynomial.
         gamma: 1 / D by default.
         coef0: constant of the polynomial.
 
     Raises:
-        UserError: different widths, fewer than two images, values that are not finite.
+        UserError: different widths, fewer than two images or patients in a set, values that are not finite.
     """
     x, y = _check_pair(x, y)
     ones = (np.ones((1, len(x))), np.ones((1, len(y))))
-    return float(kernel_distance_resampled(x, y, *ones, degree=degree, gamma=gamma, coef0=coef0)[0])
+    codes = (patient_codes(x_patients, len(x)), patient_codes(y_patients, len(y)))
+    return float(kernel_distance_resampled(x, y, *ones, *codes, degree=degree, gamma=gamma, coef0=coef0)[0])
 
 
 def kernel_distance_subsets(
@@ -55,6 +69,7 @@ def kernel_distance_subsets(
     """Mean and standard deviation of the kernel distance over random subsets, as Binkowski et al. 2018 report it.
 
     The standard deviation is that of a subset of this size. It is no standard error of the mean: subsets overlap.
+    Images count as independent, as theirs are; several of one patient need :func:`kernel_distance`.
     For an interval see :func:`medgen.metrics.intervals.bootstrap_interval`.
 
     Args:
@@ -81,9 +96,9 @@ def kernel_distance_subsets(
         kernel_distance(
             x[np.sort(rng.choice(len(x), subset_size, replace=False))],
             y[np.sort(rng.choice(len(y), subset_size, replace=False))],
-            degree,
-            gamma,
-            coef0,
+            degree=degree,
+            gamma=gamma,
+            coef0=coef0,
         )
         for _ in range(subsets)
     ]
@@ -103,16 +118,15 @@ def kernel_distance_resampled(
 ) -> NDArray[np.float64]:
     """The kernel distance of R bootstrap resamples, in one pass over the blocks of the kernel matrices.
 
-    A resample holds some patients twice or more. The unbiased estimate leaves out k(x_i, x_i); taken over the rows of a
-    resample, it would bring them back as k(copy, other copy), the largest values of the kernel, and every resample
-    would lie above the estimate. So pairs are left out by where they came from: a pair of images counts w_p w_q times
-    when their patients p and q differ, and w_p times when both are different images of one patient. Each pair then
-    counts (nearly) once on average over the resamples, and each image paired with itself never.
+    A resample holds some patients twice or more. The unbiased estimate leaves out the pairs of one patient; taken over
+    the rows of a resample, it would bring them back as pairs of the patient with its copy, the largest values of the
+    kernel, and every resample would lie above the estimate. So pairs are left out by where they came from: a pair of
+    images counts w_p w_q times when their patients p and q differ, and never when they are one.
 
     Args:
         x: (N, D) features.
         y: (M, D) features.
-        x_counts: (R, N), how often each image counts in each resample; equal for the images of a patient.
+        x_counts: (R, N), how often each image counts in each resample.
         y_counts: (R, M), the same for ``y``.
         x_patients: (N,) patient of each image as a number from 0; each image its own by default.
         y_patients: (M,), the same for ``y``.
@@ -121,7 +135,7 @@ def kernel_distance_resampled(
         coef0: constant of the polynomial.
 
     Returns:
-        (R,) distances; NaN for a resample that holds no pair.
+        (R,) distances; NaN for a resample that holds no pair of different patients.
     """
     x, y = _check_pair(x, y)
     gamma = 1 / x.shape[1] if gamma is None else gamma
@@ -139,36 +153,45 @@ def kernel_distance_resampled(
 
 
 def _mean_of_pairs(
-    x: NDArray, counts: NDArray, patients: NDArray | None, kernel: Callable[[NDArray], NDArray]
+    x: NDArray, counts: NDArray, codes: NDArray | None, kernel: Callable[[NDArray], NDArray]
 ) -> NDArray[np.float64]:
-    """(R,) means of k over the pairs of different images, weighted as :func:`kernel_distance_resampled` says."""
+    """(R,) means of k over the pairs of different patients, weighted as :func:`kernel_distance_resampled` says."""
+    codes = np.arange(len(x)) if codes is None else codes
     total = np.zeros(len(counts))
     for rows, columns in _blocks(len(x), len(x)):
         if columns.start < rows.start:
             continue
-        part = ((counts[:, rows] @ kernel(_rows(x, rows) @ _rows(x, columns).T)) * counts[:, columns]).sum(axis=1)
+        values = kernel(_rows(x, rows) @ _rows(x, columns).T)
+        values[codes[rows, None] == codes[columns]] = 0
+        part = ((counts[:, rows] @ values) * counts[:, columns]).sum(axis=1)
         total += part if columns.start == rows.start else 2 * part
-    pairs = counts.sum(axis=1) ** 2
-    groups = [np.array([row]) for row in range(len(x))] if patients is None else _groups(patients)
-    singles = np.array([group[0] for group in groups if len(group) == 1], dtype=np.intp)
-    for start in range(0, len(singles), BLOCK):
-        some = singles[start : start + BLOCK]
-        images = x[some].astype(np.float64)
-        total -= counts[:, some] ** 2 @ kernel(np.einsum("ij,ij->i", images, images))
-    pairs -= (counts[:, singles] ** 2).sum(axis=1)
-    for group in groups:
-        if len(group) > 1:
-            images = x[group].astype(np.float64)
-            inner = kernel(images @ images.T)
-            times, size = counts[:, group[0]], len(group)
-            total += times * (inner.sum() - np.trace(inner)) - times**2 * inner.sum()
-            pairs += times * size * (size - 1) - times**2 * size**2
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.append(True, np.diff(codes[order])))
+    by_patient = np.add.reduceat(counts[:, order], starts, axis=1)
+    pairs = counts.sum(axis=1) ** 2 - (by_patient**2).sum(axis=1)
     return np.divide(total, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
 
 
-def _groups(patients: NDArray[np.intp]) -> list[NDArray[np.intp]]:
-    order = np.argsort(patients, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(patients[order])) + 1)
+def patient_codes(patients: Sequence[str] | None, n: int) -> NDArray[np.intp]:
+    """(N,) number from 0 of each image's patient; of the image itself where patients are None.
+
+    Identifiers are compared as text: 12 and "12" are one patient.
+
+    Raises:
+        UserError: another number of patients than images, or fewer than two patients.
+    """
+    if patients is None:
+        codes = np.arange(n)
+    elif len(patients) != n:
+        raise UserError(f"patients must be given for each of the {n} images, got {len(patients)}")
+    else:
+        codes = np.unique([str(patient) for patient in patients], return_inverse=True)[1].reshape(-1)
+    if not n or codes.max() < 1:
+        raise UserError(
+            f"expected images of at least 2 patients, got {min(n, 1)} patient ({n} images); "
+            "give images of more patients"
+        )
+    return codes
 
 
 def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:

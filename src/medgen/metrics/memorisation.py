@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -64,6 +64,7 @@ ONE_SIDED_95 = 1.6448536269514722
 # Asymptotic variance of the maximum likelihood quantile mu + y beta of a Gumbel distribution, in units of beta² / n:
 # a + b y + c y² (Johnson, Kotz, Balakrishnan 1995, Continuous Univariate Distributions 2, section 22.9)
 GUMBEL_VARIANCE = (1.10867, 0.51404, 0.60793)
+CAPTION = 22  # characters above a picture
 DIFFERENCE_GAIN = 4
 MAX_KEPT_BYTES = 512 * 2**20  # descriptors kept of one set; beyond it images are read again when they are candidates
 
@@ -306,7 +307,8 @@ def audit_memorisation(
             them, or with fewer than 20, training images stand in, each against those of other patients.
         features: arrays (N, D) of the samples, the training and the held-out images (or None), or objects that carry
             one as ``features``: see :func:`audit_features`.
-        training_patients: one identifier per training image; ``training.patients`` by default where there is one.
+        training_patients: one identifier per training image, compared as text; ``training.patients`` by default where
+            there is one. Where they are unknown, follow-ups may raise the limit, and a note says so.
         held_out_patients: the same for the held-out images.
         vertical_flips: look for copies turned upside down, too; doubles the time.
         max_shift: largest shift looked for, as a share of the longer side; at most 1/4.
@@ -331,7 +333,7 @@ def audit_memorisation(
     held_out = held_out if held_out is not None and len(held_out) else None
     patients = _patients(training, training_patients, "training")
     others = None if held_out is None else _patients(held_out, held_out_patients, "held_out")
-    notes: list[str] = []
+    notes = _note_unknown(patients, others, held_out is not None)
 
     # sizes of the first images only: the others are brought to the same grid when they are read
     sets = {"samples": samples, "training": training, "held_out": held_out}
@@ -470,7 +472,8 @@ def audit_features(
         training: array (M, D).
         held_out: array (K, D) of real images of other patients; without it, each training image against those of
             other patients.
-        training_patients: one identifier per training image.
+        training_patients: one identifier per training image, compared as text; where they are unknown, follow-ups
+            may raise the limit, and a note says so.
         held_out_patients: one identifier per held-out image.
         alpha: probability of any false alarm.
         max_calibration: at most so many images are used for the calibration, one per patient where patients are known.
@@ -497,7 +500,7 @@ def audit_features(
     if not varies.any():
         raise UserError("no feature varies over the training set; check the features or give more training images")
     scaled = {name: (array[:, varies] - mean[varies]) / std[varies] for name, array in arrays.items()}
-    notes: list[str] = []
+    notes = _note_unknown(patients, others, held_out is not None)
 
     nearest, distances = _nearest(scaled["samples"], scaled["training"])
     if held_out is not None:
@@ -516,7 +519,10 @@ def audit_features(
         chosen = _one_per_patient(range(len(scaled["training"])), patients, max_calibration, seed)
         own = _codes(patients, len(scaled["training"]))
         reached = _nearest(scaled["training"][chosen], scaled["training"], own[chosen], own)[1]
-        notes.append("No held-out features were given: training images were compared with those of other patients.")
+        notes.append(
+            "No held-out features were given: training images were compared with "
+            + ("those of other patients." if patients is not None else "all others.")
+        )
     usable = {i: float(d) for i, d in zip(chosen, reached, strict=True) if np.isfinite(d)}
     reached = np.array(list(usable.values()))
     (calibration,) = _calibrate(source, list(usable), [(reached, _nearness(reached))], alpha)
@@ -593,22 +599,26 @@ def draw_worst_pairs(
     if not pairs:
         raise UserError("there is no pair to draw, expected samples that are not constant and a count of at least 1")
     aspect = np.asarray(samples[pairs[0].sample]).shape[1] / np.asarray(samples[pairs[0].sample]).shape[2]
-    figure = Figure(figsize=(1.9 * len(pairs) + 0.5, 3 * 1.9 * aspect + 1.3), layout="constrained", dpi=110)
+    figure = Figure(figsize=(2.2 * len(pairs) + 0.5, 3 * 2.2 * aspect + 2.0), layout="constrained", dpi=110)
     axes = figure.subplots(3, len(pairs), squeeze=False)
     for column, match in zip(axes.T, pairs, strict=True):
         sample = np.asarray(samples[match.sample], dtype=np.float32)
         aligned = _aligned(np.asarray(training[match.training], dtype=np.float32), sample.shape, match)
-        titles = (_sample_caption(match), _training_caption(match), "")
+        titles = (
+            _sample_caption(match, _short_name(samples, "sample", match.sample)),
+            _training_caption(match, _short_name(training, "training", match.training)),
+            "",
+        )
         difference = DIFFERENCE_GAIN * _difference(sample, aligned)
         for ax, title, picture in zip(column, titles, (sample, aligned, difference), strict=True):
             pixels = np.nan_to_num(picture.transpose(1, 2, 0), nan=1.0).clip(0, 1)
             ax.imshow(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-            ax.set_title(title, fontsize=8, color="firebrick" if match.flagged else "black")
+            ax.set_title(title, fontsize=11, color="firebrick" if match.flagged else "black")
             ax.set_xticks([])
             ax.set_yticks([])
-    labels = ("sample", "nearest training image,\naligned", f"absolute difference × {DIFFERENCE_GAIN}")
+    labels = ("sample", "nearest training\nimage, aligned", f"difference × {DIFFERENCE_GAIN},\ncontrast made equal")
     for ax, label in zip(axes[:, 0], labels, strict=True):
-        ax.set_ylabel(label, fontsize=8)
+        ax.set_ylabel(label, fontsize=11)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
@@ -768,7 +778,7 @@ class _Index:
     def __init__(
         self,
         reference: _Descriptors,
-        patients: Sequence[object] | None,
+        patients: list[str] | None,
         flips: tuple[str, ...],
         grids: _Grids,
         candidates: int,
@@ -1036,29 +1046,42 @@ def _match(
 # ------------------------------------------------------------------------------------------------------------- patients
 
 
-def _patients(images: Any, given: Sequence[object] | None, name: str, count: int | None = None) -> list[object] | None:
+def _patients(images: Any, given: Sequence[object] | None, name: str, count: int | None = None) -> list[str] | None:
     patients = given if given is not None else getattr(images, "patients", None)
     if patients is None:
         return None
     count = len(images) if count is None else count
     if len(patients) != count:
         raise UserError(f"{name}_patients must name one patient per image, got {len(patients)} for {count} images")
-    return [patient.item() if isinstance(patient, np.generic) else patient for patient in patients]
+    return [str(patient) for patient in patients]  # 12 in one table and "12" in the other are one patient
 
 
-def _codes(patients: list[object] | None, count: int) -> np.ndarray:
+def _note_unknown(patients: list[str] | None, others: list[str] | None, held_out: bool) -> list[str]:
+    """What it means that the patients of the training or of the held-out images are unknown."""
+    names = ["training"] if patients is None else []
+    if held_out and others is None:
+        names.append("held-out")
+    if not names:
+        return []
+    return [
+        f"The patients of the {' and '.join(names)} images are unknown: follow-ups of one patient then pass for "
+        "independent images, which may raise the limit and hide copies. Name the patients where they can be known."
+    ]
+
+
+def _codes(patients: list[str] | None, count: int) -> np.ndarray:
     """A number per image, equal for images of one patient; all different when patients are unknown."""
     if patients is None:
         return np.arange(count)
-    numbers: dict[object, int] = {}
+    numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(patient, len(numbers)) for patient in patients])
 
 
-def _one_per_patient(allowed: Iterable[int], patients: list[object] | None, limit: int, seed: int) -> list[int]:
+def _one_per_patient(allowed: Iterable[int], patients: list[str] | None, limit: int, seed: int) -> list[int]:
     """At most ``limit`` of the allowed indices, no two of one patient: their neighbours are not independent."""
     order = np.random.default_rng(seed).permutation(np.fromiter(allowed, dtype=int)).tolist()
     if patients is not None:
-        first: dict[object, int] = {}
+        first: dict[str, int] = {}
         for i in order:
             first.setdefault(patients[i], i)
         order = list(first.values())
@@ -1081,8 +1104,8 @@ def _feature_array(name: str, value: Any) -> np.ndarray:
 def _features_of_sets(
     features: Sequence[Any],
     sets: tuple[Images, Images, Images | None],
-    patients: list[object] | None,
-    others: list[object] | None,
+    patients: list[str] | None,
+    others: list[str] | None,
     alpha: float,
     max_calibration: int,
     seed: int,
@@ -1155,18 +1178,26 @@ def _difference(sample: np.ndarray, aligned: np.ndarray) -> np.ndarray:
     return np.abs(sample - (gain * (aligned - x.mean()) + y.mean()))
 
 
-def _sample_caption(match: Match) -> str:
+def _short_name(images: Images, role: str, index: int) -> str:
+    """Name of an image's file, or its role and number; not wider than the picture below it."""
+    files = getattr(images, "files", None)
+    name = f"{role} {index}" if files is None else PurePath(files[index]).stem
+    return name if len(name) <= CAPTION else f"{name[: CAPTION // 2]}…{name[-CAPTION // 2 + 1 :]}"
+
+
+def _sample_caption(match: Match, name: str) -> str:
     # a fitted tail is not to be believed to the eightieth digit
     tail = "" if match.p_value is None else f", p {match.p_value:.1g}" if match.p_value > 1e-9 else ", p < 1e-9"
-    return f"{'FLAGGED: ' if match.flagged else ''}sample {match.sample}\nsimilarity {match.similarity:.3f}{tail}"
+    flag = "FLAGGED" if match.flagged else "not flagged"
+    return f"{name}\n{flag}\nsimilarity {match.similarity:.2f}{tail}"
 
 
-def _training_caption(match: Match) -> str:
+def _training_caption(match: Match, name: str) -> str:
     moved = "" if match.flip == "none" else f"flip {match.flip}"
     if any(match.shift):
         moved += f"{', ' if moved else ''}shift ({match.shift[0]}, {match.shift[1]})"
     copies = f" ({match.training_copies} copies)" if match.training_copies > 1 else ""
-    return f"training {match.training}{copies}\n{moved or 'in place'}"
+    return f"{name}{copies}\n{moved or 'in place'}"
 
 
 def _progress(items: Any, label: str, shown: bool) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medgen.errors import UserError
-from medgen.metrics.kernel import _check_pair
+from medgen.metrics.kernel import _check_pair, patient_codes
 
 __all__ = ["PRDC_NAMES", "prdc_per_image", "precision_recall_density_coverage"]
 
@@ -16,7 +18,14 @@ SLACK = 1e-9  # relative to a squared radius: a point on the sphere is inside, w
 CLOSE = 1e-8  # relative to the squared norms: nearer pairs are computed again, see _squared_distances
 
 
-def precision_recall_density_coverage(real: ArrayLike, fake: ArrayLike, nearest_k: int = 5) -> dict[str, float]:
+def precision_recall_density_coverage(
+    real: ArrayLike,
+    fake: ArrayLike,
+    nearest_k: int = 5,
+    *,
+    real_patients: Sequence[str] | None = None,
+    fake_patients: Sequence[str] | None = None,
+) -> dict[str, float]:
     """How many fakes lie among the reals, and how many reals among the fakes.
 
     With the closed ball around each image that reaches to its ``nearest_k``-th neighbour in its own set:
@@ -26,6 +35,9 @@ def precision_recall_density_coverage(real: ArrayLike, fake: ArrayLike, nearest_
     - density: balls of reals around a fake, on average, over k; may exceed 1 (Naeem et al. 2020, who take k = 5)
     - coverage: share of reals with any fake in their ball
 
+    Neighbours are images of other patients: those of the same patient resemble the image more than a good fake ever
+    could, and would leave a ball too small to hold one.
+
     All four depend on n and k: compare only equal ones. The first argument is the real set: torch-fidelity before 0.4
     has precision and recall the other way round, and its figures do not compare.
 
@@ -33,14 +45,25 @@ def precision_recall_density_coverage(real: ArrayLike, fake: ArrayLike, nearest_
         real: (N, D) features.
         fake: (M, D) features.
         nearest_k: neighbours that set the radius, the image itself not counted.
+        real_patients: (N,) patient of each real image; each image its own by default.
+        fake_patients: (M,), the same for the fakes.
 
     Raises:
-        UserError: ``nearest_k`` images or fewer in a set, different widths, values that are not finite.
+        UserError: fewer than ``nearest_k`` images beside those of some patient, different widths, values that are not
+            finite.
     """
-    return {name: float(values.mean()) for name, values in prdc_per_image(real, fake, nearest_k).items()}
+    values = prdc_per_image(real, fake, nearest_k, real_patients=real_patients, fake_patients=fake_patients)
+    return {name: float(value.mean()) for name, value in values.items()}
 
 
-def prdc_per_image(real: ArrayLike, fake: ArrayLike, nearest_k: int = 5) -> dict[str, NDArray[np.float64]]:
+def prdc_per_image(
+    real: ArrayLike,
+    fake: ArrayLike,
+    nearest_k: int = 5,
+    *,
+    real_patients: Sequence[str] | None = None,
+    fake_patients: Sequence[str] | None = None,
+) -> dict[str, NDArray[np.float64]]:
     """What :func:`precision_recall_density_coverage` averages: one value per image.
 
     The values of recall and coverage belong to the reals (N,), those of precision and density to the fakes (M,).
@@ -53,11 +76,13 @@ def prdc_per_image(real: ArrayLike, fake: ArrayLike, nearest_k: int = 5) -> dict
             f"nearest_k must be at least 1 and less than the {min(len(real), len(fake))} images of the smaller set, "
             f"got {nearest_k}; lower it or give more images"
         )
+    real_codes = _codes(real_patients, len(real), nearest_k, "real")
+    fake_codes = _codes(fake_patients, len(fake), nearest_k, "fake")
     # distances do not change, and lose fewer digits
     centre = real.mean(axis=0, dtype=np.float64)
     real, fake = (np.asarray(table, dtype=np.float64) - centre for table in (real, fake))
-    real_radii = _squared_radii(real, nearest_k) * (1 + SLACK)
-    fake_radii = _squared_radii(fake, nearest_k) * (1 + SLACK)
+    real_radii = _squared_radii(real, real_codes, nearest_k) * (1 + SLACK)
+    fake_radii = _squared_radii(fake, fake_codes, nearest_k) * (1 + SLACK)
     inside_reals = np.empty(len(fake))
     inside_fakes, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
     step = max(1, BLOCK_VALUES // len(real))
@@ -72,13 +97,25 @@ def prdc_per_image(real: ArrayLike, fake: ArrayLike, nearest_k: int = 5) -> dict
     return {name: value.astype(np.float64) for name, value in zip(PRDC_NAMES, values, strict=True)}
 
 
-def _squared_radii(x: NDArray[np.float64], nearest_k: int) -> NDArray[np.float64]:
+def _codes(patients: Sequence[str] | None, n: int, nearest_k: int, name: str) -> NDArray[np.intp]:
+    codes = patient_codes(patients, n)
+    largest = int(np.bincount(codes).max())
+    if n - largest < nearest_k:
+        raise UserError(
+            f"each {name} image needs {nearest_k} neighbours of other patients, got a patient with {largest} of the "
+            f"{n} {name} images; lower nearest_k or give images of more patients"
+        )
+    return codes
+
+
+def _squared_radii(x: NDArray[np.float64], codes: NDArray[np.intp], nearest_k: int) -> NDArray[np.float64]:
     radii = np.empty(len(x))
     step = max(1, BLOCK_VALUES // len(x))
     for start in range(0, len(x), step):
-        distances = _squared_distances(x[start : start + step], x)
-        # the image itself, at 0, comes first: number nearest_k is the neighbour that is meant
-        radii[start : start + step] = np.partition(distances, nearest_k, axis=1)[:, nearest_k]
+        part = slice(start, start + step)
+        distances = _squared_distances(x[part], x)
+        distances[codes[part, None] == codes] = np.inf  # the image itself, too
+        radii[part] = np.partition(distances, nearest_k - 1, axis=1)[:, nearest_k - 1]
     return radii
 
 
