@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
 from medgen import output
 from medgen.errors import UserError
-from medgen.output import atomic_write_text, disable_usage_reports, git_revision, prepare_output_dir, run_name
+from medgen.output import (
+    atomic_file,
+    atomic_write_text,
+    disable_usage_reports,
+    git_revision,
+    prepare_output_dir,
+    run_name,
+)
 
 
 def test_folder_below_a_file_is_refused(tmp_path):
@@ -45,6 +56,52 @@ def test_text_is_written_whole_into_a_new_folder(tmp_path):
     atomic_write_text(tmp_path / "new" / "a.json", json.dumps({"a": 1}))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
+
+
+def test_file_that_many_write_at_once_is_that_of_one_of_them(tmp_path):
+    path, together = tmp_path / "a.txt", Barrier(4)
+
+    def write(letter):
+        with atomic_file(path, "w") as file:
+            together.wait(timeout=60)  # all have their file open
+            file.write(letter * 10_000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+
+    text = path.read_text()
+    assert len(text) == 10_000
+    assert len(set(text)) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_whose_writing_fails_is_as_it_was(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+
+    def half():
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half()
+
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_has_the_permissions_of_any_other_and_text_is_utf8(tmp_path):
+    before = os.umask(0o027)
+    try:
+        (tmp_path / "plain").touch()
+        atomic_write_text(tmp_path / "atomic", "é → ½")
+    finally:
+        os.umask(before)
+
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")]
+    assert modes == [0o640, 0o640]
+    assert (tmp_path / "atomic").read_bytes() == "é → ½".encode()
 
 
 def test_git_revision_names_the_commit_says_when_there_are_changes_and_leaves_other_repositories_alone(

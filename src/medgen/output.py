@@ -8,12 +8,16 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import IO, Any
 
 from medgen.errors import UserError
 
 __all__ = [
+    "atomic_file",
     "atomic_write_text",
     "disable_usage_reports",
     "git_revision",
@@ -23,13 +27,41 @@ __all__ = [
 ]
 
 
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file that is written whole or not at all, in a folder that is made.
+
+    It takes its name when the block ends, and vanishes when the block raises. Until then it has a random one: the
+    processes of containers that share a folder have equal numbers, and threads of one process share theirs.
+
+    Args:
+        path: the file; one that is there is replaced.
+        mode: ``wb``, or ``w`` for text in UTF-8.
+
+    Yields:
+        The open file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        # not tempfile's, which the owner alone may read: the file gets the permissions that open() gives any other
+        with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_file(path, "w") as file:
+        file.write(text)
 
 
 def prepare_output_dir(output_dir: str | Path, resume: bool = True) -> Path:

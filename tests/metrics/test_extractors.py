@@ -153,6 +153,20 @@ def test_images_of_several_sizes_pass_one_by_one_where_a_network_takes_any() -> 
     np.testing.assert_array_equal(features, [[0.25], [0.5]])
 
 
+def test_extractor_is_not_used_up() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1))
+    built = ModuleFeatures("module:x", network=network)
+    first, second = images(3, 16), images(3, 24, count=3)
+    settings = dict(built.settings)
+
+    once = built.on_images(first)
+    built.on_images(second)
+
+    np.testing.assert_array_equal(built.on_images(first), once)
+    assert built.settings == settings == ModuleFeatures("module:x", network=network).settings
+
+
 def test_networks_evaluate_without_gradients() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     built = ModuleFeatures("module:x", network=network)

@@ -8,9 +8,12 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -279,6 +282,57 @@ def test_interrupted_extraction_goes_on(folder: Path, cache: Path) -> None:
     np.testing.assert_array_equal(found.features, expected(images))
 
 
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], list]:
+    """Runs something in three threads, which all have their files open before any of them writes arrays."""
+    barrier, savez = Barrier(3), np.savez
+
+    def three_times(act: Callable) -> list:
+        with ThreadPoolExecutor(3) as pool:
+            return [one.result() for one in [pool.submit(act) for _ in range(3)]]
+
+    monkeypatch.setattr(np, "savez", lambda *args, **arrays: (barrier.wait(timeout=60), savez(*args, **arrays)))
+    return three_times
+
+
+def test_extractions_at_once_into_one_cache_do_not_meet(
+    folder: Path, cache: Path, together: Callable[[Callable], list]
+) -> None:
+    found = together(lambda: extract(ImageSet.from_source(folder), cache)[0])
+
+    for one in found:
+        np.testing.assert_array_equal(one.features, expected(ImageSet.from_source(folder)))
+    assert len(list(cache.rglob("*.np?"))) == 4  # three chunks, one set
+    assert not list(cache.rglob(".*"))
+
+
+def test_features_saved_at_once_are_whole(tmp_path: Path, together: Callable[[Callable], list]) -> None:
+    together(lambda: some_features().save(tmp_path / "x.npz"))
+
+    assert len(FeatureSet.load(tmp_path / "x.npz")) == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_set_that_lies_there_whole_is_not_written_again_and_one_that_is_not_is(folder: Path, cache: Path) -> None:
+    images = ImageSet.from_source(folder)
+    extract(images, cache)
+    (path,) = cache.glob("sets/*.npy")
+    whole, file = path.read_bytes(), path.stat().st_ino
+    kept = path.with_name("kept")
+    os.link(path, kept)  # its number cannot be given to another file
+
+    extract(images, cache)
+    assert path.stat().st_ino == file
+
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for damaged in (b"", whole[:100], whole[:-1], whole + b"x", flipped):
+        path.write_bytes(damaged)
+        found, looked = extract(images, cache)
+        assert looked == 0
+        np.testing.assert_array_equal(found.features, expected(images))
+        assert path.read_bytes() == whole
+
+
 def test_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDGEN_CACHE", str(tmp_path / "c"))
     assert default_cache_dir() == tmp_path / "c"
@@ -335,6 +389,37 @@ def test_file_that_is_away_is_asked_for_again_next_time(folder: Path, cache: Pat
     assert "no such file" in found.rejected["7.png"].lower()
     assert looked == 4  # its chunk
     assert len(again) == 10
+
+
+def test_what_others_note_in_the_image_set_is_not_a_reason_here(folder: Path, cache: Path) -> None:
+    (folder / "3.png").write_bytes(b"x")
+    (folder / "report.pdf").write_bytes(b"%PDF")
+    images = ImageSet.from_source(folder)
+    images.rejected["7.png"] = "has no features by another protocol"
+    before = dict(images.rejected)
+
+    found, _ = extract(images, cache)
+
+    assert set(found.rejected) == {"3.png", "report.pdf"}
+    assert "7.png" in found.files
+    assert images.rejected == before
+
+
+def test_one_extractor_serves_several_sets(folder: Path, cache: Path) -> None:
+    images = ImageSet.from_source(folder)
+    for extractor in (Statistics(), Halves()):
+        for chosen in (range(5), range(3, 10), range(5)):
+            subset = images.subset(chosen)
+            found, _ = extract(subset, cache, extractor)
+            anew, _ = extract(subset, cache / "anew", type(extractor)())
+            np.testing.assert_array_equal(found.features, anew.features)
+            assert found.settings == anew.settings
+
+
+def test_extractor_of_the_other_role_is_refused(cache: Path) -> None:
+    of_samples = Statistics(role="samples")
+    with pytest.raises(UserError, match="must be that of role reference, got one made for samples; make one for each"):
+        extract_features([], "xrv_ldm_source", role="reference", extractor=of_samples, cache_dir=cache)
 
 
 def test_features_that_are_not_finite_are_a_reason(cache: Path) -> None:
@@ -434,6 +519,8 @@ def test_saved_features_come_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.features, saved.features)
     for name in ("names", "files", "patients", "protocol", "settings", "rejected"):
         assert getattr(loaded, name) == getattr(saved, name)
+    with zipfile.ZipFile(tmp_path / "new" / "x.npz") as archive:  # no other is read
+        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
     some_features(patients=None).save(tmp_path / "x.npz")
     assert FeatureSet.load(tmp_path / "x.npz").patients is None
 
@@ -449,6 +536,21 @@ def npz(features: Any, **meta: Any) -> bytes:
     file = io.BytesIO()
     np.savez(file, features=features, meta=np.frombuffer(told, dtype=np.uint8))
     return file.getvalue()
+
+
+def compressed() -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, features=np.zeros((999, 999)), meta=np.zeros(9, np.uint8))
+    return file.getvalue()
+
+
+def header_says(shape: str) -> bytes:
+    """An archive as saved, but for the shape in a header; its checksums are right."""
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(npz(np.zeros((12345, 3))))) as whole, zipfile.ZipFile(changed, "w") as lies:
+        for name in whole.namelist():
+            lies.writestr(name, whole.read(name).replace(b"(12345, 3)", shape.encode()))
+    return changed.getvalue()
 
 
 def array(content: Any) -> bytes:
@@ -475,6 +577,10 @@ def moments_file() -> bytes:
         pytest.param(npz(np.array([["a"]])), "is no feature file", id="words"),
         pytest.param(npz(np.zeros((2, 2)), settings=3), "is no feature file", id="settings"),
         pytest.param(npz(np.zeros((2, 2)))[:150], "is no feature file", id="truncated"),
+        pytest.param(compressed(), "must hold its arrays uncompressed, got features compressed", id="compressed"),
+        pytest.param(header_says("(999999,3)"), "must hold the 24,000,104 bytes that features has", id="too large"),
+        pytest.param(header_says("(9**99999)"), "is no feature file", id="sum"),
+        pytest.param(header_says("(12345, 2)"), "must hold the 197,648 bytes that features has", id="too small"),
         pytest.param(moments_file(), "is no feature file", id="moments"),
         pytest.param(npz(np.zeros(2)), "must be .images, features.", id="one row"),
         pytest.param(npz(np.zeros((2, 2)), files=["a"]), "files must be 2", id="files"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -180,6 +183,18 @@ def test_saved_moments_come_back_and_can_be_added_to(tmp_path):
     assert [path.name for path in (tmp_path / "deeper").iterdir()] == ["real.npz"]
 
 
+def test_moments_that_threads_save_at_once_are_whole(tmp_path, monkeypatch):
+    together, savez = Barrier(3), np.savez
+    monkeypatch.setattr(np, "savez", lambda *args, **arrays: (together.wait(timeout=60), savez(*args, **arrays)))
+    moments = FeatureMoments.from_features(two_sets(40, 30, 6)[0])
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(moments.save, [tmp_path / "real.npz"] * 3))
+
+    assert FeatureMoments.load(tmp_path / "real.npz").n == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["real.npz"]
+
+
 # -- refusals and notes -----------------------------------------------------------------------------------------------
 
 
@@ -207,6 +222,20 @@ def test_pickled_objects_are_not_loaded(tmp_path):
     np.savez(tmp_path / "evil.npz", n=1, mean=evil, scatter=evil, protocol="", settings="")
     with pytest.raises(UserError, match="allow_pickle=False"):
         FeatureMoments.load(tmp_path / "evil.npz")
+
+
+def test_small_files_do_not_become_large_in_memory(tmp_path):
+    arrays = {"n": 3, "mean": np.zeros(500), "scatter": np.zeros((500, 500)), "protocol": "", "settings": ""}
+    np.savez_compressed(tmp_path / "bomb.npz", **arrays)
+    with pytest.raises(UserError, match=r"bomb\.npz must hold its arrays uncompressed, got n compressed"):
+        FeatureMoments.load(tmp_path / "bomb.npz")
+    FeatureMoments.from_features(np.eye(500)).save(tmp_path / "saved.npz")
+    with zipfile.ZipFile(tmp_path / "saved.npz") as saved, zipfile.ZipFile(tmp_path / "lies.npz", "w") as lies:
+        assert {entry.compress_type for entry in saved.infolist()} == {zipfile.ZIP_STORED}
+        for name in saved.namelist():
+            lies.writestr(name, saved.read(name).replace(b"(500, 500)", b"(500, 999)"))
+    with pytest.raises(UserError, match=r"must hold the 3,996,128 bytes that scatter has by its header, got 2,000,128"):
+        FeatureMoments.load(tmp_path / "lies.npz")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

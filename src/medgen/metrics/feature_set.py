@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +24,12 @@ from medgen.data.image_set import ImageSet, image_reason
 from medgen.data.workers import CRASHED, map_each
 from medgen.errors import UserError
 from medgen.metrics.protocols import Protocol, get_protocol, make_extractor
+from medgen.output import atomic_file
 
 if TYPE_CHECKING:
     from medgen.metrics.frechet import FeatureMoments
 
-__all__ = ["CHUNK", "FeatureExtractor", "FeatureSet", "default_cache_dir", "extract_features"]
+__all__ = ["CHUNK", "FeatureExtractor", "FeatureSet", "default_cache_dir", "extract_features", "read_arrays"]
 
 CHUNK = 256  # images whose features are one file of the cache
 FORMAT = 1  # of saved features and of the cache
@@ -63,7 +66,8 @@ class FeatureSet:
         patients: of the N images; None if unknown.
         protocol: name of the protocol.
         settings: what decided the numbers; sets are comparable if these are equal.
-        rejected: reason per file that has no row.
+        rejected: reason per file that has no row here: the files that the set of images had left out before, and those
+            that have no features by this protocol.
     """
 
     features: np.ndarray
@@ -211,7 +215,8 @@ def extract_features(
         images: an :class:`~medgen.data.image_set.ImageSet`; or (C, H, W) arrays in [0, 1], C = 1 or 3, which are asked
             for twice, for their contents' hash and for their features.
         protocol: row of the protocol table, or its name.
-        extractor: default: the protocol's.
+        extractor: default: the protocol's, made anew. One that is given is not used up: it may be made once, by
+            :func:`~medgen.metrics.protocols.make_extractor`, and serve all sets of a protocol and role.
         role: ``reference`` or ``samples``; only ``xrv_ldm_source`` asks for it.
         weights: file of the network's weights; default: where its own library keeps it.
         device: of a network.
@@ -222,10 +227,11 @@ def extract_features(
 
     Returns:
         The features; images that cannot be read, and those with a feature that is not finite, have no row but a
-        reason in ``rejected``.
+        reason in ``rejected``. The set of images is left as it is.
 
     Raises:
-        UserError: if no image has features, the weights are missing, or the cache cannot be written to.
+        UserError: if no image has features, the weights are missing, the extractor given was made for the other role,
+            or the cache cannot be written to.
     """
     if isinstance(protocol, str):
         protocol = get_protocol(protocol, role=role)
@@ -233,11 +239,20 @@ def extract_features(
         protocol = protocol.with_role(role)
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    extractor = make_extractor(protocol, weights=weights, device=device) if extractor is None else extractor
+    if extractor is None:
+        extractor = make_extractor(protocol, weights=weights, device=device)
+    elif extractor.settings.get("role", protocol.role) != protocol.role:
+        raise UserError(
+            f"the extractor of {extractor.name} must be that of role {protocol.role}, got one made for "
+            f"{extractor.settings['role']}; make one for each role"
+        )
     cache = _Cache(Path(cache_dir or default_cache_dir()), extractor.settings)
 
     files = images.files if isinstance(images, ImageSet) else tuple(str(i) for i in range(len(images)))
-    rejected = dict(images.rejected) if isinstance(images, ImageSet) else {}
+    # only files that the set has left out: whoever holds the set may have noted other reasons there
+    here = set(files)
+    before = images.rejected if isinstance(images, ImageSet) else {}
+    rejected = {file: reason for file, reason in before.items() if file not in here}
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     keys, unread = _chunk_keys(images, chunks, cache)
     missing = [number for number, key in enumerate(keys) if not cache.holds(key)]
@@ -434,28 +449,41 @@ class _Cache:
     def joined(self, keys: Sequence[str], rows: int) -> np.ndarray:
         """The rows of several chunks as one array on disk, put together without holding more than one chunk."""
         path = self.folder / "sets" / f"{self.key(keys)}.npy"
-        part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # written, not mapped: a full disk ends a process that writes to a map
-            with open(part, "wb") as file:
-                first = None
-                for key in keys:
-                    features, _ = self.read(key)
-                    if not len(features):
-                        continue
-                    if first is None:
-                        first = features[:1]
-                        head = {"descr": first.dtype.str, "fortran_order": False, "shape": (rows, first.shape[1])}
-                        np.lib.format.write_array_header_1_0(file, head)
-                    _check_one_width({first.shape[1], features.shape[1]})
-                    file.write(np.ascontiguousarray(features, dtype=first.dtype).data)
-            os.replace(part, path)
+            if not self._is_joined(path, keys, rows):
+                # written, not mapped: a full disk ends a process that writes to a map
+                with atomic_file(path) as file:
+                    for part in self._parts(keys, rows):
+                        file.write(part)
         except OSError as error:
             raise self._unwritable(error) from error
-        finally:
-            part.unlink(missing_ok=True)
-        return np.load(path, mmap_mode="r")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def _is_joined(self, path: Path, keys: Sequence[str], rows: int) -> bool:
+        """Whether the file holds the chunks, byte for byte: unlike them it carries no checksums."""
+        try:
+            with open(path, "rb") as file:
+                return all(file.read(len(part)) == part for part in self._parts(keys, rows)) and not file.read(1)
+        except FileNotFoundError:
+            return False
+
+    def _parts(self, keys: Sequence[str], rows: int) -> Iterator[bytes]:
+        """Bytes of an ``.npy`` file of the rows of several chunks: its header, then a chunk at a time."""
+        first = None
+        for key in keys:
+            features, _ = self.read(key)
+            if not len(features):
+                continue
+            if first is None:
+                first = features[:1]
+                head = io.BytesIO()
+                shape = (rows, first.shape[1])
+                np.lib.format.write_array_header_1_0(
+                    head, {"descr": first.dtype.str, "fortran_order": False, "shape": shape}
+                )
+                yield head.getvalue()
+            _check_one_width({first.shape[1], features.shape[1]})
+            yield features.astype(first.dtype, copy=False).tobytes()
 
 
 def _check_one_width(widths: set[int]) -> None:
@@ -477,22 +505,52 @@ def _code_digest() -> str:
 
 def _write_npz(path: Path, features: np.ndarray, meta: dict[str, Any]) -> None:
     """An array and JSON as one ``.npz``, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     encoded = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:  # numpy would add .npz to a name without it
+        with atomic_file(path) as file:  # numpy would add .npz to a name without it
             np.savez(file, features=features, meta=encoded)
-        os.replace(part, path)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    file = np.load(path, allow_pickle=False)
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise zipfile.BadZipFile("an array, no archive")
-    with file:
-        return file["features"], json.loads(file["meta"].tobytes())
+    features, meta = read_arrays(path, ("features", "meta"))
+    return features, json.loads(meta.tobytes())
+
+
+def read_arrays(path: str | os.PathLike, names: Sequence[str]) -> list[np.ndarray]:
+    """Arrays of an ``.npz`` file that :func:`numpy.savez` wrote; they take no more memory than the file has bytes.
+
+    Compressed ones are refused, for a few megabytes can become gigabytes, and so are pickles.
+
+    Args:
+        path: the file.
+        names: of the arrays.
+
+    Raises:
+        UserError: an array is compressed, or has another size than its header says.
+        Exception: whatever damaged bytes lead to, :class:`ValueError` for pickles.
+    """
+    arrays = []
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            entry = archive.getinfo(f"{name}.npy")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise UserError(
+                    f"{path} must hold its arrays uncompressed, got {name} compressed; write it with medgen features "
+                    "or numpy.savez"
+                )
+            with archive.open(entry) as file:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError(f"{name} is in another version of NumPy's format")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                told = file.tell() + math.prod(shape) * dtype.itemsize
+            # NumPy makes room for the whole array before it reads; what holds pickles it refuses by itself
+            if not dtype.hasobject and not told == entry.file_size == entry.compress_size <= os.path.getsize(path):
+                raise UserError(
+                    f"{path} must hold the {told:,} bytes that {name} has by its header, got "
+                    f"{entry.compress_size:,}; write it again"
+                )
+            with archive.open(entry) as file:
+                arrays.append(np.lib.format.read_array(file, allow_pickle=False))
+    return arrays

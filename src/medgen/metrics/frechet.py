@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import linalg
 
 from medgen.errors import UserError
+from medgen.output import atomic_file
 
 __all__ = ["FeatureMoments", "frechet_distance", "small_sample_note", "trace_sqrt_product"]
 
@@ -126,22 +125,15 @@ class FeatureMoments:
 
     def save(self, path: str | Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:  # a name without .npz would be changed by numpy
-                np.savez(
-                    file,
-                    n=np.int64(self._n),
-                    mean=self._mean,
-                    scatter=np.tril(self._scatter),
-                    protocol=np.str_(self.protocol),
-                    settings=np.str_(self.settings),
-                )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(path) as file:  # a name without .npz would be changed by numpy
+            np.savez(
+                file,
+                n=np.int64(self._n),
+                mean=self._mean,
+                scatter=np.tril(self._scatter),
+                protocol=np.str_(self.protocol),
+                settings=np.str_(self.settings),
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureMoments:
@@ -150,16 +142,20 @@ class FeatureMoments:
         Raises:
             UserError: no such file, or not one of :meth:`save`.
         """
+        # here: distances between arrays do not wait for what reads images
+        from medgen.metrics.feature_set import read_arrays
+
         names = ("n", "mean", "scatter", "protocol", "settings")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                n, mean, scatter, protocol, settings = (file[name] for name in names)
+            n, mean, scatter, protocol, settings = read_arrays(path, names)
             dim = len(mean)
             numbers = all(part.dtype == np.float64 for part in (mean, scatter)) and n.dtype.kind == "i"
             whole = mean.shape == (dim,) and scatter.shape == (dim, dim) and n.shape == () and n >= 0
             if not (numbers and whole and np.isfinite(mean).all() and np.isfinite(scatter).all()):
                 raise ValueError("n, mean and scatter do not belong together")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except UserError:
+            raise
+        except Exception as error:  # damaged bytes raise whatever they lead to
             raise UserError(
                 f"{path} must be an .npz file of feature moments ({' '.join(str(error).split())}); write it again"
             ) from error
