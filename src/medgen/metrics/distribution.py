@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,11 +16,12 @@ from monai.metrics import CumulativeIterationMetric
 from monai.utils import convert_to_tensor
 
 from medgen.errors import UserError
+from medgen.metrics.feature_set import FeatureExtractor
 from medgen.metrics.frd import FRD_VERSIONS, frd_score
 from medgen.metrics.frechet import frechet_distance
 from medgen.metrics.kernel import kernel_distance
 from medgen.metrics.prdc import precision_recall_density_coverage
-from medgen.metrics.protocols import PROTOCOLS
+from medgen.metrics.protocols import PROTOCOLS, get_protocol, make_extractor
 from medgen.metrics.radiomics import RadiomicsExtractor
 
 __all__ = [
@@ -34,7 +36,8 @@ __all__ = [
     "PRDCMetric",
 ]
 
-Extractor = Callable[[torch.Tensor], Any]
+Extractor = str | FeatureExtractor | Callable[[torch.Tensor], Any]
+HALF_LEVEL = 0.5 / 255  # what is less than that beyond 0 or 1 would be gone in an 8-bit file
 
 
 class FeatureSetMetric(CumulativeIterationMetric):
@@ -44,12 +47,50 @@ class FeatureSetMetric(CumulativeIterationMetric):
     processes of a distributed evaluation.
 
     Args:
-        extractor: images (B, C, H, W) -> features (B, D), a tensor or an array; a network is put in evaluation mode,
-            and stands on the images' device. None: the metric is given features instead of images.
+        extractor: one of
+
+            - the name of a row of :data:`medgen.metrics.protocols.PROTOCOLS` with a network (``fid``, ``xrv``, ...) or
+              ``module:PATH``. Images are in [0, 1], C = 1 or 3; the row brings them to the network's range, size and
+              channels, as it does for ``medgen features``.
+            - an object with ``on_images``, such as :func:`medgen.metrics.protocols.make_extractor` returns: the same,
+              made beforehand, so that several metrics share it.
+            - any other callable, (B, C, H, W) -> features (B, D), a tensor or an array. It is given the images as they
+              are, and prepares them itself; a network is put in evaluation mode, and stands on the images' device.
+            - None: the metric is given features instead of images.
+        weights: file of a named row's weights; default: where the network's own library keeps it.
+        device: of a named row's network; the CPU by default.
+
+    Raises:
+        UserError: no such row; it is of radiomics, or treats predictions and images differently; its weights are
+            missing; weights or a device are given where no row is named.
     """
 
-    def __init__(self, extractor: Extractor | None = None) -> None:
+    def __init__(
+        self,
+        extractor: Extractor | None = None,
+        *,
+        weights: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
         super().__init__()
+        if isinstance(extractor, str):
+            row = get_protocol(extractor)
+            _check_one_for_both(row.name, row.extractor, bool(row.ranges))
+            extractor = make_extractor(row, weights=weights, device=str(device or "cpu"))
+        elif weights is not None or device is not None:
+            given = "device" if weights is None else "weights"
+            raise UserError(
+                f"{given} belongs to an extractor that is named as a string, such as 'fid', got "
+                f"{type(extractor).__name__}; leave {given} out"
+            )
+        elif hasattr(extractor, "on_images"):
+            settings = getattr(extractor, "settings", {})
+            _check_one_for_both(type(extractor).__name__, settings.get("extractor"), "role" in settings)
+        elif extractor is not None and not callable(extractor):
+            raise UserError(
+                "extractor must be the name of a protocol, an object with on_images, or a callable, got a "
+                f"{type(extractor).__name__}"
+            )
         self.extractor = extractor.eval() if isinstance(extractor, torch.nn.Module) else extractor
 
     def _compute_list(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Any:
@@ -61,17 +102,25 @@ class FeatureSetMetric(CumulativeIterationMetric):
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **kwargs: Any) -> list[torch.Tensor]:
         if y is None:
             raise UserError("a distance between sets takes predictions and images, got predictions only; give both")
-        return [self._features(y_pred), self._features(y)]
+        return [self._features(y_pred, "predictions"), self._features(y, "images")]
 
     @torch.no_grad()
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
-        features = convert_to_tensor(images if self.extractor is None else self.extractor(images), track_meta=False)
+    def _features(self, images: torch.Tensor, what: str) -> torch.Tensor:
+        features = convert_to_tensor(self._extracted(images, what), track_meta=False)
         if features.ndim != 2 or len(features) != len(images):
             raise UserError(
                 f"features must have the shape (images, features), got {tuple(features.shape)} for {len(images)} "
                 "images; pool or flatten what the extractor returns"
             )
         return features if features.dtype == torch.float64 else features.float()  # NumPy knows no bfloat16
+
+    def _extracted(self, images: torch.Tensor, what: str) -> Any:
+        """Whatever the extractor returns for a batch of the ``what``."""
+        if self.extractor is None:
+            return images
+        if hasattr(self.extractor, "on_images"):
+            return self.extractor.on_images(_unit_images(images, what))
+        return self.extractor(images)
 
     def feature_sets(self) -> tuple[np.ndarray, np.ndarray]:
         """Features of the images (N, D) and of the predictions (N, D), of all processes.
@@ -101,10 +150,14 @@ class FrechetDistanceMetric(FeatureSetMetric):
 class FrechetRadiomicDistanceMetric(FeatureSetMetric):
     """:func:`medgen.metrics.frd.frd_score` of predictions and images in [0, 1]: a distance that needs no weights.
 
-    Predictions without features, because every pixel is alike, are left out with a warning.
+    Predictions and images without features (for ``frd_v1`` and ``radiomics`` those of which every pixel is alike) are
+    left out with a warning.
 
     Args:
         version: ``frd_v1``, ``frd_v0`` or ``radiomics``; see :data:`medgen.metrics.frd.FRD_VERSIONS`.
+
+    Raises:
+        UserError: there is no such version.
     """
 
     def __init__(self, version: str = "frd_v1") -> None:
@@ -112,25 +165,38 @@ class FrechetRadiomicDistanceMetric(FeatureSetMetric):
             raise UserError(f"version must be one of {', '.join(FRD_VERSIONS)}, got {version!r}")
         self.radiomics = RadiomicsExtractor(PROTOCOLS[version].preset)
         self.version = version
-        super().__init__(self._radiomic_features)
+        super().__init__()
 
-    def _radiomic_features(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self._of_one(image) for image in images.detach().float().cpu().numpy()])
+    def _extracted(self, images: torch.Tensor, what: str) -> np.ndarray:
+        return np.stack([self._of_one(image) for image in _unit_images(images, what)])
 
-    def _of_one(self, image: np.ndarray) -> torch.Tensor:
-        if image.size and (image == image.flat[0]).all():
-            return torch.full((len(self.radiomics.feature_names),), torch.nan, dtype=torch.float64)
-        return torch.from_numpy(self.radiomics.on_image(image))
+    def _of_one(self, image: np.ndarray) -> np.ndarray:
+        try:
+            return self.radiomics.on_image(image)
+        except UserError:  # MONAI's buffers gather a row for each image: it is left out at the end
+            return np.full(len(self.radiomics.feature_names), np.nan)
 
     def aggregate(self) -> torch.Tensor:
-        """The score, a scalar in float64: log d² by version 1."""
+        """The score, a scalar in float64: log d² by version 1.
+
+        Raises:
+            UserError: fewer than 2 predictions or images have features.
+        """
         images, predictions = self.feature_sets()
-        constant = np.isnan(predictions).all(axis=1)
-        if constant.all():
-            raise UserError(f"FRD takes predictions that are not constant, got {len(predictions)} that are")
-        if constant.any():
-            warnings.warn(f"FRD leaves out {constant.sum()} constant predictions of {len(predictions)}", stacklevel=2)
-        score = frd_score(images, predictions[~constant], self.version, self.radiomics.feature_names)
+        real, fake = (table[np.isfinite(table).all(axis=1)] for table in (images, predictions))
+        if min(len(real), len(fake)) < 2:
+            raise UserError(
+                f"FRD takes at least 2 predictions and 2 images with {self.version} features, got {len(fake)} of "
+                f"{len(predictions)} and {len(real)} of {len(images)}; constant and tiny ones have none"
+            )
+        lost = len(predictions) - len(fake), len(images) - len(real)
+        if any(lost):
+            warnings.warn(
+                f"FRD leaves out {lost[0]} of {len(predictions)} predictions and {lost[1]} of {len(images)} images, "
+                f"which have no {self.version} features: constant and tiny ones have none",
+                stacklevel=2,
+            )
+        score = frd_score(real, fake, self.version, self.radiomics.feature_names)
         return torch.tensor(score, dtype=torch.float64)
 
 
@@ -142,12 +208,20 @@ class KernelDistanceMetric(FeatureSetMetric):
         degree: of the polynomial.
         gamma: 1 / D by default.
         coef0: constant of the polynomial.
+        weights, device: see :class:`FeatureSetMetric`.
     """
 
     def __init__(
-        self, extractor: Extractor | None = None, degree: int = 3, gamma: float | None = None, coef0: float = 1.0
+        self,
+        extractor: Extractor | None = None,
+        degree: int = 3,
+        gamma: float | None = None,
+        coef0: float = 1.0,
+        *,
+        weights: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
-        super().__init__(extractor)
+        super().__init__(extractor, weights=weights, device=device)
         self.kernel = {"degree": degree, "gamma": gamma, "coef0": coef0}
 
     def aggregate(self) -> torch.Tensor:
@@ -161,10 +235,18 @@ class PRDCMetric(FeatureSetMetric):
     Args:
         extractor: see :class:`FeatureSetMetric`.
         nearest_k: neighbours that set the radius of a ball.
+        weights, device: see :class:`FeatureSetMetric`.
     """
 
-    def __init__(self, extractor: Extractor | None = None, nearest_k: int = 5) -> None:
-        super().__init__(extractor)
+    def __init__(
+        self,
+        extractor: Extractor | None = None,
+        nearest_k: int = 5,
+        *,
+        weights: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__(extractor, weights=weights, device=device)
         self.nearest_k = nearest_k
 
     def aggregate(self) -> dict[str, float]:
@@ -183,6 +265,15 @@ class _Handler(IgniteMetricHandler):
 class FrechetDistance(_Handler):
     """The Fréchet distance of a whole evaluation as a handler; 0 is best.
 
+    In a bundle's JSON, for images in [0, 1]::
+
+        {
+            "_target_": "medgen.metrics.FrechetDistance",
+            "extractor": "xrv",
+            "device": "@device",
+            "output_transform": "$monai.handlers.from_engine(['pred', 'image'])"
+        }
+
     Several handlers that share a slow extractor would each call it. Let the evaluator's postprocessing write the
     features into the batch instead, leave ``extractor`` out, and name those keys in ``output_transform``.
 
@@ -190,10 +281,18 @@ class FrechetDistance(_Handler):
         extractor: see :class:`FeatureSetMetric`.
         output_transform: engine output -> (prediction, image), lists of (C, H, W) or batches; of (D,) features where
             there is no extractor.
+        weights, device: see :class:`FeatureSetMetric`.
     """
 
-    def __init__(self, extractor: Extractor | None = None, output_transform: Callable = lambda x: x) -> None:
-        super().__init__(FrechetDistanceMetric(extractor), output_transform)
+    def __init__(
+        self,
+        extractor: Extractor | None = None,
+        output_transform: Callable = lambda x: x,
+        *,
+        weights: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__(FrechetDistanceMetric(extractor, weights=weights, device=device), output_transform)
 
 
 class FrechetRadiomicDistance(_Handler):
@@ -219,6 +318,7 @@ class KernelDistance(_Handler):
         degree: of the polynomial.
         gamma: 1 / D by default.
         coef0: constant of the polynomial.
+        weights, device: see :class:`FeatureSetMetric`.
     """
 
     def __init__(
@@ -228,8 +328,12 @@ class KernelDistance(_Handler):
         degree: int = 3,
         gamma: float | None = None,
         coef0: float = 1.0,
+        *,
+        weights: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
-        super().__init__(KernelDistanceMetric(extractor, degree, gamma, coef0), output_transform)
+        metric = KernelDistanceMetric(extractor, degree, gamma, coef0, weights=weights, device=device)
+        super().__init__(metric, output_transform)
 
 
 class PRDC(_Handler):
@@ -242,17 +346,51 @@ class PRDC(_Handler):
         extractor: see :class:`FeatureSetMetric`.
         output_transform: as for :class:`FrechetDistance`.
         nearest_k: neighbours that set the radius of a ball.
+        weights, device: see :class:`FeatureSetMetric`.
     """
 
     def __init__(
-        self, extractor: Extractor | None = None, output_transform: Callable = lambda x: x, nearest_k: int = 5
+        self,
+        extractor: Extractor | None = None,
+        output_transform: Callable = lambda x: x,
+        nearest_k: int = 5,
+        *,
+        weights: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
-        super().__init__(PRDCMetric(extractor, nearest_k), output_transform)
+        super().__init__(PRDCMetric(extractor, nearest_k, weights=weights, device=device), output_transform)
 
     def completed(self, engine: Engine, name: str) -> None:
         """Write the four numbers at the end of an epoch."""
         for key, value in self.compute().items():
             engine.state.metrics[f"{name}_{key}"] = value
+
+
+def _check_one_for_both(name: str, kind: str | None, has_roles: bool) -> None:
+    """Refuse extractors whose features cannot be compared as they are, or that differ between the two sets."""
+    if kind == "radiomics":
+        raise UserError(
+            f"extractor must be a network, got radiomics ({name}), whose features have units of their own and must be "
+            "normalised before they are compared; use FrechetRadiomicDistance"
+        )
+    if has_roles:
+        raise UserError(
+            f"extractor must treat predictions and images alike, got {name}, which does not; compare feature files of "
+            "its two roles with medgen report, or use xrv"
+        )
+
+
+def _unit_images(images: torch.Tensor, what: str) -> list[np.ndarray]:
+    """A batch (B, C, H, W) as float32 arrays in [0, 1]; refused if it is in another range, as its scale is unknown."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise UserError(
+            f"{what} must be (B, 1, H, W) or (B, 3, H, W), got {tuple(images.shape)}; bring them to grey or RGB slices"
+        )
+    batch = images.detach().float().cpu().numpy()
+    if batch.size and not (batch.min() >= -HALF_LEVEL and batch.max() <= 1 + HALF_LEVEL):  # NaN is neither
+        got = f"{batch.min():g} to {batch.max():g}" if np.isfinite(batch).all() else "NaN or infinity"
+        raise UserError(f"{what} must lie in 0..1, got {got}; scale or clip the {what} in the postprocessing")
+    return list(np.clip(batch, 0, 1))
 
 
 def _stack(pair: Sequence[Any]) -> tuple[Any, ...]:
