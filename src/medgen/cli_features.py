@@ -172,7 +172,7 @@ def protocol_table() -> str:
             "",
             f"{', '.join(names)}: weights missing ({weights.told}); fetch",
             f"  {weights.url}",
-            f"and put the file into {weights.search_folder}, or name it with --weights {names[0]}=PATH",
+            f"and put the file into {weights.search_folder}, or name it with --weights NAME=PATH",
         ]
     return "\n".join(text)
 

@@ -33,7 +33,7 @@ FeatureSize = Annotated[
 ]
 FeatureRange = Annotated[
     tuple[float, float] | None,
-    typer.Option("--feature_range", help="With module:PATH: what 0 and 1 become.  [default: 0 1]"),
+    typer.Option("--feature_range", help="With module:PATH: what 0 and 1 become, such as: -1 1.  [default: 0 1]"),
 ]
 FeatureChannels = Annotated[
     int | None, typer.Option("--feature_channels", help="With module:PATH: 1 or 3.  [default: as the images]")

@@ -413,16 +413,16 @@ def _database(uri: str) -> Path | None:
 
 
 def log_run(
-    tracking_uri: str, experiment: str, name: str, figures: Mapping[str, Any], folder: str | os.PathLike
+    tracking_uri: str, experiment: str, name: str, figures: Mapping[str, Any], files: Sequence[str | os.PathLike]
 ) -> str:
-    """Log figures and the files of a folder to MLflow as a run of its own.
+    """Log figures and files to MLflow as a run of its own.
 
     Args:
         tracking_uri: ``sqlite:////path/mlflow.db`` or a server.
         experiment: made if need be.
         name: of the run.
         figures: flat; numbers become metrics, text becomes tags, None is left out.
-        folder: its files become artifacts.
+        files: become artifacts; these alone, since what else lies in their folder may be nobody's business.
 
     Returns:
         The run's id.
@@ -437,7 +437,8 @@ def log_run(
         mlflow.start_run(experiment_id=_experiment(client, experiment), run_name=name, tags=tags) as run,
     ):
         mlflow.log_metrics(numbers)
-        mlflow.log_artifacts(str(folder))
+        for file in files:
+            mlflow.log_artifact(str(file))
     return run.info.run_id
 
 

@@ -19,7 +19,9 @@ from scipy.ndimage import convolve1d
 
 from medgen.data.image_set import ImageSet
 from medgen.metrics.memorisation import audit_memorisation
-from medgen.report.measure import Distance, measure
+from medgen.metrics.prdc import PRDC_NAMES
+from medgen.report.measure import measure
+from medgen.report.measurements import Distance
 
 BLUR_SIDE = 5  # kernel of the anomaly source's baseline; sigma 0 there means OpenCV's rule, which is:
 BLUR_SIGMA = 0.3 * ((BLUR_SIDE - 1) / 2 - 1) + 0.8
@@ -83,8 +85,9 @@ def divided(images: ImageSet, parts: int, count: int, seed: int = 0) -> list[Ima
 def distance_row(name: str, distance: Distance) -> str:
     """A line of the table."""
     low, high = distance.frechet.low, distance.frechet.high
-    prdc = [f"{distance.prdc[key].value:.2f}" for key in ("precision", "recall", "density", "coverage")]
-    cells = [name, f"{distance.frechet.value:.3g} ({low:.3g} to {high:.3g})", f"{distance.kernel.value:.3g}", *prdc]
+    prdc = [f"{distance.prdc[key].value:.2f}" for key in PRDC_NAMES]
+    value = f"{distance.frechet.value:.3g} ({low:.3g} to {high:.3g})"
+    cells = [name, value, f"{distance.frechet_half.mean:.3g}", f"{distance.kernel.value:.3g}", *prdc]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -105,10 +108,19 @@ def distances(images: ImageSet, others: list[Path], count: int, options: dict, f
     for number, first in enumerate(next(iter(found.values())).distances):
         sizes = f"{first.frechet.n_reference} real images against {first.frechet.n_samples}"
         base = first.frechet_baseline
-        print(f"\n{first.title}, {first.n_features} features, {sizes}; ", end="")
-        print(f"real against real in quarters: {base.mean:.3g} ({base.low:.3g} to {base.high:.3g})\n")
-        print("| samples | Fréchet (95% interval) | kernel distance | precision | recall | density | coverage |")
-        print("|---|---|---|---|---|---|---|")
+        print(f"\n**{first.title}**, {first.n_features} features, {sizes}; ", end="")
+        print(f"real against real at equal n: {base.mean:.3g} ({base.low:.3g} to {base.high:.3g})\n")
+        columns = (
+            "samples",
+            "Fréchet (95% interval)",
+            "at equal n",
+            "KID",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+        )
+        print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
         for name, measured in found.items():
             print(distance_row(name, measured.distances[number]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 from medgen import cli
+from medgen.metrics.feature_set import FeatureSet
 from medgen.report.measure import measure
 
 SIDE = 64
@@ -58,7 +60,7 @@ def folder_of(path: Path, seeds, change=lambda pixels: pixels, **options) -> Pat
 
 
 def report(*arguments) -> object:
-    return CliRunner().invoke(cli.app, ["report", *map(str, arguments), "--num_workers", "0"])
+    return CliRunner().invoke(cli.app, ["report", "--num_workers", "0", *map(str, arguments)])
 
 
 def figures_of(folder: Path) -> dict:
@@ -102,7 +104,10 @@ def test_worse_images_are_farther_away_and_the_baseline_stands_beside_each_numbe
     for name in ("frd", "kid_frd", "frd_full", "kid_frd_full"):
         assert near[name] < far[name], name
         assert far[f"{name}_low"] <= far[name] <= far[f"{name}_high"]
-    assert near["frd_low"] <= near["frd_baseline"] <= near["frd_high"] + 1
+    for name in ("frd", "frd_full"):
+        # of equal n: real images as samples have the baseline's distance, the others do not
+        assert near[f"{name}_equal_n"] == pytest.approx(near[f"{name}_equal_n_real"], abs=0.4)
+        assert far[f"{name}_equal_n"] > far[f"{name}_equal_n_real"] + 1
     assert far["precision_frd"] < near["precision_frd"]
     assert near["n"] == near["n_samples"] == near["n_reference"] == 40
     assert "real against real" in results[0].output
@@ -120,6 +125,10 @@ def test_every_number_of_the_page_and_of_both_json_files_is_finite(tmp_path):
         text = (tmp_path / "out" / name).read_text()
         assert "NaN" not in text
         assert "Infinity" not in text
+    page = "".join(Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).text)
+    assert not re.search(r"\b(nan|inf)\b", page)
+    assert "the logarithm of their distance is infinite" in page
+    assert "the logarithm of their distance is infinite" in result.output
 
 
 def test_paired_quality_compares_images_of_one_name(tmp_path):
@@ -229,6 +238,112 @@ def test_the_features_that_differ_most_head_the_table(tmp_path):
     assert float(mean["samples_mean"]) > float(mean["reference_mean"])
 
 
+def test_copies_are_searched_for_with_the_networks_own_weights(tmp_path, monkeypatch):
+    """One network for all three sets: the weights, the device and the batch that were asked for."""
+    training, samples = folder_of(tmp_path / "training", range(40)), folder_of(tmp_path / "samples", range(100, 110))
+    reference = folder_of(tmp_path / "reference", range(40, 70))
+    made = []
+
+    class Stub:
+        settings = {"extractor": "stub"}  # noqa: RUF012
+        feature_names = None
+
+        def on_images(self, batch):
+            return np.stack([[image.mean(), image.std()] for image in batch])
+
+    def make(row, *, weights, device):
+        made.append((row.name, weights, device))
+        return Stub()
+
+    monkeypatch.setattr("medgen.report.measure.make_extractor", make)
+
+    found = measure(
+        samples, reference, training=training, protocols=["fid"], weights=["fid=w.pth"], num_workers=0, progress=False
+    )
+
+    assert made == [("fid", "w.pth", "cpu")]
+    assert found.memorisation.features.n_features == 2
+
+
+def test_pairs_of_which_one_cannot_be_read_are_left_out(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(12), lambda p: p // 2)
+    (samples / "00000003_000.png").write_bytes(b"broken")
+
+    result = report(samples, reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL, "--paired")
+
+    assert result.exit_code == 3, result.output
+    assert len(rows_of(tmp_path / "out" / "paired.csv")) == 11
+    assert "1 of the 12 reference images that can be read have no partner" in result.output
+
+
+def test_code_runs_only_if_the_command_names_it(tmp_path, monkeypatch):
+    """A feature file is data, also where its protocol is somebody's module."""
+    reference = folder_of(tmp_path / "reference", range(12))
+    (tmp_path / "code" / "evil.py").write_text("raise SystemExit('code was run')")
+    names = tuple(f"{i}.png" for i in range(12))
+    features = np.random.default_rng(0).random((12, 2))
+    FeatureSet(features, (), names, None, "module:evil:net", {}, {}).save(tmp_path / "evil.npz")
+
+    result = report(tmp_path / "evil.npz", reference, "--output_dir", tmp_path / "out")
+
+    assert result.exit_code == 1
+    assert "give --protocol module:evil:net if you trust that network" in result.output
+
+
+def test_moments_keep_the_warnings_of_their_images(tmp_path):
+    """Invalid protocols stay invalid, few images stay few, and a reference with features keeps its baseline."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        files = tuple(f"{i}.png" for i in range(30))
+        settings = {"role": name, "range": [0, 1]}
+        rows = FeatureSet(rng.random((30, 40)), (), files, None, "xrv_ldm_source", settings, {})
+        rows.save(tmp_path / f"{name}.npz")
+        rows.moments().save(tmp_path / f"{name}_moments.npz")
+
+    both = measure(tmp_path / "a_moments.npz", tmp_path / "b_moments.npz", protocols=["xrv_ldm_source"])
+    one = measure(tmp_path / "a_moments.npz", tmp_path / "b.npz", protocols=["xrv_ldm_source"])
+
+    assert "network expects" in both.distances[0].invalid
+    assert any("30 images are too few for 40 features" in note for note in both.notes)
+    assert "not valid" in both.lines()[1]
+    assert one.distances[0].frechet_baseline.n_first == 15
+
+
+def test_files_of_an_earlier_report_go_and_others_stay(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    out = tmp_path / "out"
+    report(samples, reference, "--output_dir", out, "--protocol", "frd_v0", "--training", reference)
+    (out / "features_mine.csv").write_text("not the report's")
+    assert {"copies.csv", "features_frd_v0.csv"} <= {file.name for file in out.iterdir()}
+
+    report(samples, reference, "--output_dir", out, "--protocol", PROTOCOL)
+
+    expected = {"report.html", "report.json", "metrics.json", "rejected.csv", "features_mine.csv"}
+    assert {file.name for file in out.iterdir()} == expected
+
+
+def test_every_figure_has_its_interval(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(12), lambda p: p // 2)
+
+    report(
+        samples,
+        reference,
+        "--output_dir",
+        tmp_path / "out",
+        "--protocol",
+        PROTOCOL,
+        "--paired",
+        "--training",
+        reference,
+    )
+
+    figures = figures_of(tmp_path / "out")
+    alone = {"n", "seed", "git", "memorised"}
+    for name in figures:
+        if name not in alone and not re.search(r"^n_|_low$|_high$|_equal_n$|_equal_n_real$", name):
+            assert figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"], name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the page
 
@@ -262,6 +377,8 @@ def test_names_from_outside_do_not_become_markup(tmp_path):
 def test_mlflow_holds_the_figures_and_the_page(tmp_path):
     reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "patients.csv").write_text("nobody's business")
 
     result = report(
         samples, reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL, "--tracking_uri", uri,
@@ -318,7 +435,7 @@ def test_what_three_images_do_not_allow_is_left_out_and_said(tmp_path):
     assert result.exit_code == 0, result.output
     assert "too small to be halved" in result.output
     assert "no precision and recall" in result.output
-    assert not {name for name in figures_of(tmp_path / "out") if "baseline" in name or "precision" in name}
+    assert not {name for name in figures_of(tmp_path / "out") if "equal_n" in name or "precision" in name}
 
 
 def test_what_cannot_be_read_is_listed_left_out_and_counted(tmp_path):
@@ -369,10 +486,18 @@ def test_a_constant_image_is_named_and_gives_no_nan(tmp_path):
         ("good", ["--pairs", "some"], "--pairs"),
         ("good", ["--samples_split", "test"], "datalist"),
         ("good", ["--training", "features.npz"], "features.npz"),
-        ("good", ["--paired"], "needs a reference of the same name"),
+        ("good", ["--paired"], "compares images of one file name"),
         ("good", ["--patient_pattern", "("], "patient_pattern"),
         ("good", ["--resamples", "1"], "resamples"),
-        ("good", ["--device", "tpu"], "device"),
+        ("good", ["--device", "tpu", "--protocol", "frd_v1"], "device"),
+        ("good", ["--seed", "-1"], "seed"),
+        ("good", ["--weights", "fid=x.pth"], "which nothing here uses"),
+        ("good", ["--weights", "lpips=x.pth"], "add --paired"),
+        ("good", ["--num_workers", "-1"], "num_workers"),
+        ("good", ["--batch_size", "0"], "batch_size"),
+        ("good", ["--max_images", "0"], "max_images"),
+        ("good", ["--feature_size", "8", "--protocol", "frd_v1"], "module:PATH"),
+        ("same_names", ["--paired", "--weights", "lpips=missing.pth"], "squeezenet1_1-b8a52dc0.pth"),
     ],
 )
 def test_bad_input_is_told_in_one_line(tmp_path, samples, options, expected):
@@ -381,6 +506,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, samples, options, expected):
     folder_of(tmp_path / "one", [20])
     folder_of(tmp_path / "larger", range(20, 32), lambda p: np.kron(p, np.ones((2, 2), np.uint8)))
     folder_of(tmp_path / "colour", range(20, 32), channels=3)
+    folder_of(tmp_path / "same_names", range(12))
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.txt").write_text("no images")
@@ -394,6 +520,8 @@ def test_bad_input_is_told_in_one_line(tmp_path, samples, options, expected):
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.output
     assert expected in errors[0]
+    if samples in ("good", "same_names"):
+        assert "reading" not in result.output  # before hours of work
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04nonsense", "an empty zip", "NaN"])

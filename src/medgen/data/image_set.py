@@ -244,7 +244,10 @@ class ImageSet(Sequence[np.ndarray]):
             for file in files:
                 match = pattern.search(os.path.basename(file))
                 if match is None or match.lastindex is None or not match[1]:
-                    raise UserError(f"patient_pattern {patient_pattern!r} finds no patient (its first group) in {file}")
+                    raise UserError(
+                        f"patient_pattern {patient_pattern} finds no patient (its first group) in {file} of "
+                        f"{name or folder.name}"
+                    )
                 patients.append(match[1])
         images = cls(
             [os.path.join(folder, file) for file in files],

@@ -7,4 +7,6 @@ from __future__ import annotations
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"measure": ["make_report"]})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"files": ["make_report"], "measurements": ["Distance", "Measurements"]}
+)

@@ -63,7 +63,11 @@ def report(
     feature_range: FeatureRange = None,
     feature_channels: FeatureChannels = None,
     paired: Annotated[
-        bool, typer.Option("--paired", help="Compare each sample with the reference of the same file name, too.")
+        bool,
+        typer.Option(
+            "--paired",
+            help="Compare each sample with the reference of the same file name (without folder and suffix), too.",
+        ),
     ] = False,
     samples_split: Annotated[
         str | None, typer.Option("--samples_split", help="Split of SAMPLES, if it is a datalist.  [default: all]")
@@ -105,9 +109,9 @@ def report(
     """Measure generated images against real ones and write report.html, report.json and metrics.json."""
     # not at the head: `medgen --help` imports this module for its help line
     from medgen.metrics.protocols import DEFAULT_PROTOCOLS
-    from medgen.report.measure import make_report
+    from medgen.report.files import make_report
 
-    page, found = make_report(
+    files, found = make_report(
         samples,
         reference,
         output_dir,
@@ -138,14 +142,16 @@ def report(
     typer.echo("\n".join(found.lines()))
     for note in found.notes:
         typer.echo(f"note: {note}", err=True)
+    for verdict in found.verdicts():
+        typer.echo(verdict)
+    left_out = {(role, file) for role, file, _ in found.left_out()}
+    typer.echo(f"left out {len(left_out)} files" + (f" ({output_dir / 'rejected.csv'} says why)" if left_out else ""))
+    typer.echo(files[0])
     if tracking_uri:
         # after the page is written: a tracker that is away must not cost the measurements
         from medgen.registry import log_run
 
-        run = log_run(tracking_uri, experiment, title or f"report-{output_dir.name}", found.figures(), output_dir)
+        run = log_run(tracking_uri, experiment, title or f"report-{output_dir.name}", found.figures(), files)
         typer.echo(f"logged to MLflow, run {run}")
-    rejected = sum(len(images.rejected) for images in found.image_sets().values())
-    typer.echo(f"left out {rejected} files" + (f" (reasons: {page.parent / 'rejected.csv'})" if rejected else ""))
-    typer.echo(page)
-    if rejected:
+    if left_out:
         raise typer.Exit(REJECTED)

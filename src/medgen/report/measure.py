@@ -1,42 +1,50 @@
-"""Measures a set of generated images against real ones: everything that the report prints, as plain values."""
+"""Measures a set of generated images against real ones: everything that the report prints."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medgen import __version__
 from medgen.data.image_set import ImageSet
 from medgen.data.workers import default_workers
 from medgen.errors import UserError
 from medgen.metrics.feature_set import FeatureSet, extract_features
 from medgen.metrics.frd import FRD_VERSIONS, feature_table, normalise_features
 from medgen.metrics.frechet import FeatureMoments, frechet_distance, small_sample_note
-from medgen.metrics.intervals import Baseline, Estimate, bootstrap_interval, prdc_intervals, real_baseline
+from medgen.metrics.intervals import (
+    Baseline,
+    Estimate,
+    bootstrap_interval,
+    matched_distance,
+    prdc_intervals,
+    real_baseline,
+)
 from medgen.metrics.kernel import kernel_distance
-from medgen.metrics.protocols import DEFAULT_PROTOCOLS, PROTOCOLS, get_protocol, parse_weights
-from medgen.output import atomic_write_text, git_revision, prepare_output_dir
+from medgen.metrics.protocols import (
+    DEFAULT_PROTOCOLS,
+    PROTOCOLS,
+    Protocol,
+    get_protocol,
+    make_extractor,
+    parse_weights,
+)
+from medgen.report.measurements import Distance, Measurements
 
-__all__ = ["Distance", "Measurements", "make_report", "measure"]
+__all__ = ["measure"]
 
-LIBRARIES = ("torch", "monai", "numpy", "scipy", "SimpleITK", "PyWavelets", "piq")
-BASELINE_REPEATS = 10
+REPEATS = 10  # random halves of the reference
 FEWEST_FOR_HALVES = 4  # patients: each half needs two images
 NEAREST_K = 5
 MOST_FOR_NEIGHBOURS = 10_000  # images of a set that precision, recall and the kernel distance look at
+SMALLEST_FOR_MS_SSIM = 48  # pixels
 TITLES = {
     "frd_v1": "FRD v1, log d² (frd-score 1.x)",
     "frd_v0": "FRD v0 (frd-score 0.x)",
@@ -47,173 +55,8 @@ TITLES = {
     "xrv": "Fréchet distance (XRV DenseNet-121)",
     "xrv_ldm_source": "generative_chestxray's FID",
 }
-# name in metrics.json, where it is not the protocol's
-SHORT = {"frd_v1": "frd", "radiomics": "frd_full", "xrv": "fd_xrv", "xrv_ldm_source": "fd_xrv_ldm_source"}
 
-
-@dataclass(frozen=True)
-class Distance:
-    """The distances of one protocol.
-
-    Args:
-        protocol: its name.
-        title: for people.
-        frechet: Fréchet distance, or for radiomics the FRD made of it.
-        frechet_baseline: the same between random halves of the reference; None without its features.
-        kernel: kernel distance; None without the features of both sets.
-        kernel_baseline: the same between random halves of the reference.
-        prdc: precision, recall, density, coverage; empty without the features of both sets.
-        n_features: that entered the distances.
-        invalid: why the protocol's figures mean nothing; empty if they do.
-        differences: per-feature table, for radiomics.
-        settings: everything that decided the features.
-    """
-
-    protocol: str
-    title: str
-    frechet: Estimate
-    frechet_baseline: Baseline | None
-    kernel: Estimate | None
-    kernel_baseline: Baseline | None
-    prdc: dict[str, Estimate]
-    n_features: int
-    invalid: str = ""
-    differences: Sequence[Any] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Measurements:
-    """What :func:`measure` found; ``None`` and empty stand for what was not asked for."""
-
-    samples: ImageSet | None
-    reference: ImageSet | None
-    training: ImageSet | None
-    distances: list[Distance]
-    diversity: dict[str, Any]  # role -> medgen.metrics.diversity.PairwiseSimilarity
-    paired: Any  # medgen.metrics.paired.PairedQuality
-    memorisation: Any  # medgen.metrics.memorisation.MemorisationAudit
-    notes: list[str]
-    seed: int
-
-    def figures(self) -> dict[str, float | int | str | None]:
-        """The headline numbers under flat names, as they stand in ``metrics.json``."""
-        flat: dict[str, float | int | str | None] = {}
-        for distance in self.distances:
-            name = SHORT.get(distance.protocol, distance.protocol.replace(":", "_").replace("/", "_"))
-            flat |= _flat(name, distance.frechet)
-            if distance.frechet_baseline:
-                flat[f"{name}_baseline"] = distance.frechet_baseline.mean
-            if distance.kernel:
-                flat |= _flat(f"kid_{name}", distance.kernel)
-            flat |= {f"{key}_{name}": estimate.value for key, estimate in distance.prdc.items()}
-        for role, found in self.diversity.items():
-            flat[f"ms_ssim_{role}"] = found.mean
-        if self.paired is not None:
-            flat |= {name: summary.mean for name, summary in self.paired.summary.items()}
-        if self.memorisation is not None:
-            flat["memorised_share"] = self.memorisation.share
-            flat["memorised"] = len(self.memorisation.flagged)
-        flat |= {f"n_{role}": len(images) for role, images in self.image_sets().items()}
-        if self.distances:
-            flat["n"] = self.distances[0].frechet.n_samples
-        elif self.samples is not None:
-            flat["n"] = len(self.samples)
-        return {**{key: _finite(value) for key, value in flat.items()}, "seed": self.seed, "git": git_revision()}
-
-    def lines(self) -> list[str]:
-        """The headline numbers for a terminal: each with its interval, its baseline and n."""
-        rows = [("", "value", "95% interval", "real against real", "n samples, reference")]
-        for distance in self.distances:
-            sizes = f"{distance.frechet.n_samples}, {distance.frechet.n_reference}"
-            title = distance.title + (" (not valid)" if distance.invalid else "")
-            rows.append((title, *_told(distance.frechet, distance.frechet_baseline), sizes))
-            if distance.kernel is not None:
-                sizes = f"{distance.kernel.n_samples}, {distance.kernel.n_reference}"
-                rows.append(("  kernel distance", *_told(distance.kernel, distance.kernel_baseline), sizes))
-            for name, estimate in distance.prdc.items():
-                rows.append((f"  {name}", *_told(estimate, None), f"{estimate.n_samples}, {estimate.n_reference}"))
-        for role, similarity in self.diversity.items():
-            rows.append((f"MS-SSIM between {role}", *_told(similarity, None), f"{similarity.n_images} images"))
-        if self.paired is not None:
-            for name, summary in self.paired.summary.items():
-                rows.append((f"paired {name}", *_told(summary, None), f"{summary.n} pairs"))
-        if self.memorisation is not None:
-            audit = self.memorisation
-            share = Estimate(audit.share, audit.share_low, audit.share_high, audit.n_training, len(audit.matches))
-            sizes = f"{len(audit.matches)}, training {audit.n_training}"
-            rows.append(("share of copies", *_told(share, None), sizes))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-    def image_sets(self) -> dict[str, ImageSet]:
-        """The sets that are images, by role."""
-        named = {"samples": self.samples, "reference": self.reference, "training": self.training}
-        return {role: images for role, images in named.items() if images is not None}
-
-
-def _told(estimate: Any, baseline: Baseline | None) -> tuple[str, str, str]:
-    value = getattr(estimate, "value", getattr(estimate, "mean", None))
-    ends = [getattr(estimate, end, None) for end in ("low", "high")]
-    known = all(end is not None and math.isfinite(end) for end in ends)
-    return (
-        "none" if value is None else f"{value:.4g}",
-        "{:.4g} to {:.4g}".format(*ends) if known else "",
-        f"{baseline.mean:.4g} ({baseline.low:.4g} to {baseline.high:.4g})" if baseline else "",
-    )
-
-
-def _flat(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-
-
-def _finite(value: Any) -> Any:
-    # JSON knows neither infinity nor NaN
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sources
-
-
-def _open(source: str | os.PathLike, role: str, **options: Any) -> ImageSet | FeatureSet | FeatureMoments:
-    """Images of a folder or datalist, or features that were saved."""
-    path = Path(source)
-    if path.suffix.lower() != ".npz":
-        split = f" ({options['split']})" if options.get("split") else ""
-        return ImageSet.from_source(path, name=f"{role} {path.name}{split}", **options)
-    if not path.is_file():
-        raise UserError(f"expected a feature file of the {role}, got {path}, which does not exist")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if "scatter.npy" in file.namelist():
-                return FeatureMoments.load(path)
-    return FeatureSet.load(path)
-
-
-def _is_datalist(source: str | os.PathLike) -> bool:
-    return Path(source).suffix.lower() == ".json" and Path(source).is_file()
-
-
-def _has_split(source: str | os.PathLike, split: str) -> bool:
-    content = json.loads(Path(source).read_text(encoding="utf-8"))
-    return isinstance(content, dict) and bool(content.get(split))
-
-
-def _parse_pairs(pairs: str | int) -> str | int:
-    if pairs == "all":
-        return pairs
-    try:
-        number = int(pairs)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise UserError(f"--pairs must be a whole number of at least 1, or all, got {pairs!r}")
-    return number
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the measurements
+Source = ImageSet | FeatureSet | FeatureMoments
 
 
 def measure(
@@ -262,7 +105,8 @@ def measure(
             the training images are a folder; see :meth:`medgen.data.ImageSet.from_source`.
         image_size: resize the shorter side to it and crop the centre.
         mode: ``L`` or ``RGB``.
-        max_images: at most so many of each set, drawn at random.
+        max_images: at most so many of each set, drawn at random; not of the training images, where a copy of one that
+            was left out would not be found.
         pairs: of images for MS-SSIM, or ``all``.
         resamples: of the bootstrap; by the width of the features by default.
         device: of networks.
@@ -273,20 +117,27 @@ def measure(
         progress: say on standard error what is being done.
 
     Raises:
-        UserError: what is wrong with the arguments or the images, before anything long is begun where it can be seen.
+        UserError: what is wrong with the arguments, before any image is read; or with the images.
     """
+    workers = default_workers() if num_workers is None else num_workers
+    _check_numbers(seed, resamples, batch_size, workers, device)
     given_weights, pairs = parse_weights(weights, ["lpips"]), _parse_pairs(pairs)
     of_module = {
         "feature_size": feature_size,
         "feature_range": feature_range,
         "feature_channels": feature_channels,
     }
-    rows = {name: get_protocol(name, **(of_module if name.startswith("module:") else {})) for name in protocols}
     if any(value is not None for value in of_module.values()) and not any(n.startswith("module:") for n in protocols):
         raise UserError("feature_size, feature_range and feature_channels belong to a --protocol module:PATH")
     if len(set(protocols)) != len(protocols):
         raise UserError(f"each --protocol once, got {', '.join(protocols)}")
-    workers = default_workers() if num_workers is None else num_workers
+    rows = {name: get_protocol(name, **(of_module if name.startswith("module:") else {})) for name in protocols}
+    if unused := set(given_weights) - set(protocols) - ({"lpips"} if paired else set()):
+        raise UserError(
+            f"--weights names {', '.join(sorted(unused))}, which nothing here uses; leave it out, or add "
+            f"{'--paired' if unused == {'lpips'} else '--protocol'}"
+        )
+
     shared = {"image_size": image_size, "mode": mode, "max_images": max_images, "seed": seed}
     of_datalist = {"split": None if split == "all" else split, "dataset_dir": dataset_dir}
     of_folder = {"patient_pattern": patient_pattern}
@@ -300,56 +151,46 @@ def measure(
     trained = None
     if training is not None:
         of_training = {"split": "training", "dataset_dir": dataset_dir} if _is_datalist(training) else of_folder
-        # all of them, whatever max_images says: a copy of an image that was left out would not be found
         trained = _open(training, "training", image_size=image_size, mode=mode, **of_training)
         if not isinstance(trained, ImageSet):
             raise UserError(
                 f"training must be a folder or a datalist, as copies are searched for in images; got {training}"
             )
-
-    say = _Say(progress)
+    if patient_pattern is not None and not any(
+        isinstance(of, ImageSet) and not _is_datalist(source) for of, source in ((real, reference), (trained, training))
+    ):
+        raise UserError("patient_pattern is for folders of images: datalists and feature files name their patients")
     images = {"samples": judged, "reference": real, "training": trained}
     images = {role: found for role, found in images.items() if isinstance(found, ImageSet)}
+    rows = {name: rows.get(name) or get_protocol(name) for name in _protocols_of(judged, real, protocols)}
+    extract = _Extraction(rows, images, given_weights, device, batch_size, workers, cache_dir, progress)
+    lpips = None
+    if paired:
+        _check_pairing(judged, real)
+        lpips = _lpips(given_weights["lpips"]) if "lpips" in given_weights else None
+
+    say = _Say(progress)
     for role, found in images.items():
         say(f"reading {len(found)} images of the {role}")
         found.scan(workers, progress)
         found.check_same_shape()
-    both = "samples" in images and "reference" in images
-    if both:
-        judged.check_comparable(real)
-    if paired and not both:
-        raise UserError("--paired compares images; give folders or datalists, not feature files")
-    if trained is not None and "samples" in images:
-        judged.check_comparable(trained)
+    if "samples" in images:
+        for other in images.values():
+            judged.check_comparable(other)
     notes = _set_notes(images)
 
-    feature_sets: dict[str, dict[str, Any]] = {}
-    for name in _protocols_of(judged, real, protocols):
-        feature_sets[name] = {}
-        for role, found in (("samples", judged), ("reference", real)):
-            if isinstance(found, ImageSet):
+    features: dict[str, dict[str, Any]] = {}
+    for name in rows:
+        features[name] = {}
+        for role, source in (("samples", judged), ("reference", real)):
+            if isinstance(source, ImageSet):
                 say(f"{name} features of the {role}")
-                found = extract_features(
-                    found,
-                    rows.get(name) or get_protocol(name),
-                    role=role,
-                    weights=given_weights.get(name),
-                    device=device,
-                    batch_size=batch_size,
-                    num_workers=workers,
-                    cache_dir=cache_dir,
-                    progress=progress,
-                )
-                lost = len(found.rejected) - len(images[role].rejected)
-                if lost:
-                    notes.append(f"{lost} images of the {role} have no {name} features; rejected.csv says why.")
-                    images[role].rejected.update(found.rejected)
-            feature_sets[name][role] = found
-
+                source = extract(name, role)
+            features[name][role] = source
     distances = []
-    for name, found in feature_sets.items():
+    for name, found in features.items():
         say(f"{name} distances")
-        distances.append(_distance(name, found["samples"], found["reference"], resamples, seed, notes))
+        distances.append(_distance(rows[name], found["samples"], found["reference"], resamples, seed, notes))
 
     diversity = {}
     for role in ("samples", "reference"):
@@ -358,15 +199,23 @@ def measure(
             diversity[role] = _diversity(images[role], role, pairs, seed, device, notes)
     diversity = {role: found for role, found in diversity.items() if found is not None}
 
-    quality = _paired(real, judged, given_weights.get("lpips"), device, seed) if paired else None
-
+    quality = _paired(real, judged, lpips, device, seed, notes) if paired else None
     audit = None
     if trained is not None and "samples" in images:
-        say("searching the training images for copies")
-        audit = _audit(images, feature_sets, workers, cache_dir, seed, progress, notes)
-    return Measurements(
-        images.get("samples"), images.get("reference"), trained, distances, diversity, quality, audit, notes, seed
-    )
+        audit = _audit(images, features, extract, say, seed, progress, notes)
+    notes += [f"{count} images of the {role} have no {name} features." for (name, role), count in extract.lost.items()]
+    named = (images.get(role) for role in ("samples", "reference", "training"))
+    files = {
+        role: (Path(source).name, of.n if isinstance(of, FeatureMoments) else len(of), _patients(of))
+        for role, source, of in (("samples", samples, judged), ("reference", reference, real))
+        if not isinstance(of, ImageSet)
+    }
+    return Measurements(*named, files, distances, diversity, quality, audit, extract.unmeasured, notes, seed)
+
+
+def _patients(found: Source) -> int | None:
+    known = getattr(found, "patients", None)
+    return None if known is None else len(set(known))
 
 
 class _Say:
@@ -378,7 +227,57 @@ class _Say:
             print(f"{text} ...", file=sys.stderr, flush=True)
 
 
-def _protocols_of(judged: Any, real: Any, asked: Sequence[str]) -> Sequence[str]:
+# ---------------------------------------------------------------------------------------------------------------------
+# what is asked for, and from where
+
+
+def _check_numbers(seed: int, resamples: int | None, batch_size: int, num_workers: int, device: str) -> None:
+    from medgen.settings import check_device, check_whole
+
+    check_whole(0, seed=seed, num_workers=num_workers)
+    check_whole(1, batch_size=batch_size)
+    if resamples is not None:
+        check_whole(2, resamples=resamples)
+    check_device(device)
+
+
+def _parse_pairs(pairs: str | int) -> str | int:
+    if pairs == "all":
+        return pairs
+    try:
+        number = int(pairs)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"--pairs must be a whole number of at least 1, or all, got {pairs!r}")
+    return number
+
+
+def _open(source: str | os.PathLike, role: str, **options: Any) -> Source:
+    """Images of a folder or datalist, or features that were saved."""
+    path = Path(source)
+    if path.suffix.lower() != ".npz":
+        split = f" ({options['split']})" if options.get("split") else ""
+        return ImageSet.from_source(path, name=f"{role} {path.name}{split}", **options)
+    if not path.is_file():
+        raise UserError(f"expected a feature file of the {role}, got {path}, which does not exist")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if "scatter.npy" in file.namelist():
+                return FeatureMoments.load(path)
+    return FeatureSet.load(path)
+
+
+def _is_datalist(source: str | os.PathLike) -> bool:
+    return Path(source).suffix.lower() == ".json" and Path(source).is_file()
+
+
+def _has_split(source: str | os.PathLike, split: str) -> bool:
+    content = json.loads(Path(source).read_text(encoding="utf-8"))
+    return isinstance(content, dict) and bool(content.get(split))
+
+
+def _protocols_of(judged: Source, real: Source, asked: Sequence[str]) -> Sequence[str]:
     """The protocols asked for; that of a feature file where one is given."""
     saved = {found.protocol for found in (judged, real) if not isinstance(found, ImageSet)}
     if not saved:
@@ -386,9 +285,98 @@ def _protocols_of(judged: Any, real: Any, asked: Sequence[str]) -> Sequence[str]
     if len(saved) > 1:
         raise UserError(f"the feature files are of two protocols, {' and '.join(sorted(saved))}; extract one again")
     (name,) = saved
-    if name and tuple(asked) != tuple(DEFAULT_PROTOCOLS) and list(asked) != [name]:
+    if list(asked) == [name]:
+        return [name]
+    if tuple(asked) != tuple(DEFAULT_PROTOCOLS):
         raise UserError(f"the feature file holds {name} features, but --protocol asks for {', '.join(asked)}")
-    return [name]
+    if name in PROTOCOLS:
+        return [name]
+    if name.startswith("module:"):
+        # running code because a data file names it would be for its author to decide, not for its reader
+        raise UserError(f"the feature file holds {name} features; give --protocol {name} if you trust that network")
+    raise UserError(f"the feature file names no known protocol, got {name!r}; write it again with medgen features")
+
+
+class _Extraction:
+    """Features of the image sets by each protocol; networks are built once, before any image is read."""
+
+    def __init__(
+        self,
+        rows: Mapping[str, Protocol],
+        images: Mapping[str, ImageSet],
+        weights: Mapping[str, str],
+        device: str,
+        batch_size: int,
+        num_workers: int,
+        cache_dir: str | os.PathLike | None,
+        progress: bool,
+    ) -> None:
+        self.images = images
+        self.options = {
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "cache_dir": cache_dir,
+            "progress": progress,
+        }
+        self.unmeasured: list[tuple[str, str, str]] = []
+        self.lost: dict[tuple[str, str], int] = {}  # (protocol, role) -> images that could be read but have no features
+        self.rows: dict[tuple[str, str], Protocol] = {}
+        self.extractors: dict[tuple[str, str], Any] = {}
+        for name, row in rows.items():
+            for role in ("samples", "reference"):
+                if role in images:
+                    self.rows[name, role] = row.with_role(role)
+        for key, row in self.rows.items():
+            earlier = next((other for other, known in self.rows.items() if known == row), key)
+            if earlier in self.extractors:
+                self.extractors[key] = self.extractors[earlier]
+            else:
+                self.extractors[key] = make_extractor(row, weights=weights.get(row.name), device=device)
+
+    def __call__(self, name: str, role: str, like: str | None = None) -> FeatureSet:
+        """Features of one set; ``like`` names another role whose protocol it takes."""
+        key = (name, like or role)
+        source = self.images[role]
+        found = extract_features(source, self.rows[key], extractor=self.extractors[key], **self.options)
+        lacking = {file: reason for file, reason in found.rejected.items() if file not in source.rejected}
+        if lacking:
+            self.lost[name, role] = len(source) - len(found)
+            self.unmeasured += [(role, file, f"no {name} features: {reason}") for file, reason in lacking.items()]
+        return found
+
+
+def _check_pairing(judged: Source, real: Source) -> None:
+    if not (isinstance(judged, ImageSet) and isinstance(real, ImageSet)):
+        raise UserError("--paired compares images; give folders or datalists, not feature files")
+    if not set(_by_stem(judged)) & set(_by_stem(real)):
+        raise UserError(
+            f"--paired compares images of one file name (without folder and suffix), but none of {judged.name} "
+            f"({judged.files[0]}, ...) stands in {real.name} ({real.files[0]}, ...)"
+        )
+
+
+def _by_stem(images: ImageSet) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for i, file in enumerate(images.files):
+        stem = Path(file).stem
+        if stem in found:
+            raise UserError(
+                f"--paired needs names that differ, got {images.files[found[stem]]} and {file} in {images.name}"
+            )
+        found[stem] = i
+    return found
+
+
+def _lpips(path: str) -> Any:
+    from medgen.losses import LocalLPIPS
+
+    wanted = "torchvision's squeezenet1_1-b8a52dc0.pth (https://download.pytorch.org/models)"
+    if not Path(path).is_file():
+        raise UserError(f"--weights lpips must name {wanted}, got {path}, which is no file")
+    try:
+        return LocalLPIPS("squeeze", weights=path, rescale=True)
+    except UserError as error:
+        raise UserError(f"--weights lpips must name {wanted}, got another file, {path}") from error
 
 
 def _set_notes(images: Mapping[str, ImageSet]) -> list[str]:
@@ -402,7 +390,7 @@ def _set_notes(images: Mapping[str, ImageSet]) -> list[str]:
         if found.summary.duplicates:
             notes.append(f"{found.summary.duplicates} files of the {role} are byte for byte another of them.")
         if found.rejected:
-            notes.append(f"{len(found.rejected)} files of the {role} could not be read; they are listed below.")
+            notes.append(f"{len(found.rejected)} files of the {role} could not be read; rejected.csv names them.")
     hashes = {role: set(found.summary.hashes) for role, found in images.items()}
     for one, other in (("samples", "reference"), ("samples", "training"), ("reference", "training")):
         if one in hashes and other in hashes and (same := len(hashes[one] & hashes[other])):
@@ -412,74 +400,168 @@ def _set_notes(images: Mapping[str, ImageSet]) -> list[str]:
         both = set(real.patients) & set(trained.patients)
         if both:
             notes.append(f"{len(both)} patients stand in the reference and in the training images: not independent.")
-    unknown = [role for role in ("reference",) if role in images and images[role].patients is None]
-    if unknown:
+    if real is not None and real.patients is None:
         notes.append(
             "The reference's patients are unknown: intervals and baselines take every image for a patient of its own, "
-            "which makes them too narrow where patients have several. A datalist names them."
+            "which makes them too narrow where patients have several. A datalist or --patient_pattern names them."
         )
     return notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the measurements
 
 
-def _distance(name: str, judged: Any, real: Any, resamples: int | None, seed: int, notes: list[str]) -> Distance:
-    known = name in PROTOCOLS or name.startswith("module:")
-    protocol = get_protocol(name) if known else None
-    title = TITLES.get(name, f"Fréchet distance ({name or 'features'})")
-    invalid = protocol.invalid if protocol else ""
+def _distance(row: Protocol, judged: Any, real: Any, resamples: int | None, seed: int, notes: list[str]) -> Distance:
+    title = TITLES.get(row.name, f"Fréchet distance ({row.name})")
     if isinstance(judged, FeatureMoments) or isinstance(real, FeatureMoments):
-        return _distance_of_moments(name, title, judged, real, resamples, seed, notes)
+        return _distance_of_moments(row, title, judged, real, resamples, seed, notes)
     real.check_comparable(judged)
-    radiomic = protocol is not None and protocol.extractor == "radiomics"
+    # the samples' and the reference's range may differ by design; each stands in the features already
+    settings = {key: value for key, value in real.settings.items() if key not in ("role", "range")}
     x, y = np.asarray(real.features, dtype=np.float64), np.asarray(judged.features, dtype=np.float64)
-    options: dict[str, Any] = {"reference_patients": real.patients, "sample_patients": judged.patients}
+    patients = {"reference_patients": real.patients, "sample_patients": judged.patients}
     differences: Sequence[Any] = ()
-    if radiomic:
-        frd = FRD_VERSIONS[name]
+    normalised, log, as_compared, as_neighbours = (x, y), False, _as_they_are, _as_they_are
+    if row.extractor == "radiomics":
+        frd = FRD_VERSIONS[row.name]
+        log, as_compared = frd.log, _normalised(real.names, frd)
+        as_neighbours = _normalised(real.names, frd, tails=frd.normalisation != "z-score")
         differences = feature_table(x, y, real.names)
         normal = normalise_features(x, y, real.names, frd)
-        x, y = normal.reference, normal.samples
+        normalised = (normal.reference, normal.samples)
         if normal.dropped:
-            notes.append(
-                f"{title}: {len(normal.dropped)} features that are constant or undefined in a set are left out."
-            )
-    log = radiomic and frd.log
-    frechet = bootstrap_interval(x, y, resamples=resamples, seed=seed, log=log, **options)
-    baseline = _baseline(x, real.patients, frechet_distance, seed)
-    if log and baseline is not None:
-        baseline = _log_baseline(baseline)
+            notes.append(f"{title}: {len(normal.dropped)} features without spread in the reference are left out.")
+
+    # The normalisation is held fixed in the resamples. Halves have one of their own: each is a comparison like the
+    # whole one, of fewer images.
+    frechet = bootstrap_interval(*normalised, resamples=resamples, seed=seed, log=log, **patients)
+    equal, baseline = _halves(x, y, as_compared(frechet_distance), patients, seed, log=log)
     if baseline is None:
         notes.append(f"{title}: no real-against-real baseline, as the reference is too small to be halved.")
-    if note := small_sample_note(min(len(x), len(y)), x.shape[1]):
+    if note := small_sample_note(min(len(x), len(y)), normalised[0].shape[1]):
         notes.append(f"{title}: {note}.")
+    if not math.isfinite(frechet.value):
+        notes.append(f"{title}: the two sets have the same features, so the logarithm of their distance is infinite.")
+    if "rough" in frechet.note:
+        notes.append(f"{title}: rough intervals, as fewer than 20 patients were drawn from.")
+
     few_x, few_y = _thinned(x, real.patients, seed), _thinned(y, judged.patients, seed)
-    kernel = bootstrap_interval(
-        few_x[0], few_y[0], kernel_distance, reference_patients=few_x[1], sample_patients=few_y[1], seed=seed
-    )
-    kernel_base = _baseline(few_x[0], few_x[1], kernel_distance, seed)
+    if len(few_x[0]) < len(x) or len(few_y[0]) < len(y):
+        notes.append(
+            f"{title}: kernel distance, precision, recall, density and coverage of {len(few_y[0])} samples and "
+            f"{len(few_x[0])} reference images, drawn at random, as they compare all with all."
+        )
+    patients = {"reference_patients": few_x[1], "sample_patients": few_y[1]}
+    thin = as_neighbours(_both)(few_x[0], few_y[0])
+    kernel = bootstrap_interval(*thin, kernel_distance, seed=seed, **patients)
+    kernel_halves = _halves(few_x[0], few_y[0], as_neighbours(kernel_distance), patients, seed, by_patient=True)
     prdc = {}
-    if min(len(x), len(y)) > NEAREST_K:
-        prdc = prdc_intervals(few_x[0], few_y[0], NEAREST_K, real_patients=few_x[1], fake_patients=few_y[1], seed=seed)
-    else:
-        notes.append(f"{title}: no precision and recall, as each image needs {NEAREST_K} neighbours of its own set.")
-    settings = {key: value for key, value in real.settings.items() if key not in ("role", "range")}
+    try:
+        prdc = prdc_intervals(*thin, NEAREST_K, real_patients=few_x[1], fake_patients=few_y[1], seed=seed)
+    except UserError as error:
+        notes.append(f"{title}: no precision and recall: {error}.")
     return Distance(
-        name, title, frechet, baseline, kernel, kernel_base, prdc, x.shape[1], invalid, differences, settings
+        row.name,
+        title,
+        frechet,
+        equal,
+        baseline,
+        kernel,
+        *kernel_halves,
+        prdc,
+        normalised[0].shape[1],
+        (real.patients is not None, judged.patients is not None),
+        row.invalid,
+        differences,
+        settings,
     )
+
+
+def _as_they_are(statistic: Callable[..., Any]) -> Callable[..., Any]:
+    return statistic
+
+
+def _both(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x, y
+
+
+def _normalised(
+    names: Sequence[str], frd: Any, tails: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A statistic of features as one of their normalised values.
+
+    Without ``tails`` it is one of their inverse hyperbolic sines. A radiomic feature of slightly blurred images lies
+    hundreds of standard deviations from the reference: a cubic kernel, and neighbourhoods, would see nothing else.
+    """
+
+    def wrap(statistic: Callable[..., Any]) -> Callable[..., Any]:
+        def of(x: np.ndarray, y: np.ndarray, **options: Any) -> Any:
+            normal = normalise_features(x, y, names, frd)
+            values = (normal.reference, normal.samples)
+            return statistic(*(values if tails else map(np.arcsinh, values)), **options)
+
+        return of
+
+    return wrap
+
+
+def _halves(
+    x: np.ndarray,
+    y: np.ndarray,
+    statistic: Callable[..., float],
+    patients: Mapping[str, Sequence[str] | None],
+    seed: int,
+    by_patient: bool = False,
+    log: bool = False,
+) -> tuple[Baseline | None, Baseline | None]:
+    """A statistic between halves of the reference and as many samples, and between halves of the reference.
+
+    Of a reference more than twice as large as the samples a part is halved: else the two would not be of equal n.
+    """
+    of_reference = patients["reference_patients"]
+    if len(x) > 2 * len(y):
+        chosen = _some_patients(of_reference, len(x), 2 * len(y), seed)
+        x, of_reference = x[chosen], None if of_reference is None else [of_reference[i] for i in chosen]
+        patients = {**patients, "reference_patients": of_reference}
+    if len(set(of_reference or range(len(x)))) < FEWEST_FOR_HALVES:
+        return None, None
+    options = {"repeats": REPEATS, "seed": seed, "by_patient": by_patient}
+    try:
+        found = (
+            matched_distance(x, y, statistic, **patients, **options),
+            real_baseline(x, of_reference, statistic, **options),
+        )
+    except UserError:  # halves of a few images that are all alike
+        return None, None
+    return tuple(_log(of) for of in found) if log else found
+
+
+def _some_patients(patients: Sequence[str] | None, n: int, most: int, seed: int) -> np.ndarray:
+    """Indices of about ``most`` of n images, those of a patient together."""
+    codes = np.arange(n) if patients is None else np.unique(np.asarray(patients, dtype=str), return_inverse=True)[1]
+    sizes = np.bincount(codes)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    taken = order[: max(FEWEST_FOR_HALVES, int(np.searchsorted(np.cumsum(sizes[order]), most, side="right")))]
+    return np.flatnonzero(np.isin(codes, taken))
+
+
+def _log(baseline: Baseline) -> Baseline:
+    values = tuple(math.log(value) if value > 0 else -math.inf for value in baseline.values)
+    return Baseline(float(np.mean(values)), min(values), max(values), values, baseline.halves, baseline.n_patients)
 
 
 def _distance_of_moments(
-    name: str, title: str, judged: Any, real: Any, resamples: int | None, seed: int, notes: list[str]
+    row: Protocol, title: str, judged: Any, real: Any, resamples: int | None, seed: int, notes: list[str]
 ) -> Distance:
     """Moments carry no single images: there is nothing to resample, and no neighbours."""
-    if name in PROTOCOLS and PROTOCOLS[name].extractor == "radiomics":
+    if row.extractor == "radiomics":
         raise UserError(
-            f"{name} normalises every feature by the reference's images, which moments do not hold; save the features "
-            "themselves (medgen features without --moments)"
+            f"{row.name} normalises every feature by the reference's images, which moments do not hold; save the "
+            "features themselves (medgen features without --moments)"
         )
     moments = [found if isinstance(found, FeatureMoments) else found.moments() for found in (real, judged)]
+    by_patient = (False, False)
     if isinstance(judged, FeatureMoments):
         value = frechet_distance(*moments)
         frechet = Estimate(value, math.nan, math.nan, moments[0].n, moments[1].n, note="no interval: moments only")
@@ -488,14 +570,19 @@ def _distance_of_moments(
         frechet = bootstrap_interval(
             moments[0], judged.features, sample_patients=judged.patients, resamples=resamples, seed=seed
         )
+        by_patient = (False, judged.patients is not None)
         notes.append(f"{title}: the interval holds the reference fixed, which is given by its moments alone.")
-    return Distance(name, title, frechet, None, None, None, {}, moments[0].dim)
-
-
-def _baseline(features: np.ndarray, patients: Sequence[str] | None, statistic: Any, seed: int) -> Baseline | None:
-    if len(set(patients or range(len(features)))) < FEWEST_FOR_HALVES:
-        return None
-    return real_baseline(features, patients, statistic, repeats=BASELINE_REPEATS, seed=seed)
+    baseline = None
+    if isinstance(real, FeatureSet) and len(set(real.patients or range(len(real)))) >= FEWEST_FOR_HALVES:
+        baseline = real_baseline(np.asarray(real.features), real.patients, repeats=REPEATS, seed=seed)
+        notes.append(f"{title}: the baseline has half of the images, and the samples' moments cannot be halved.")
+    else:
+        notes.append(f"{title}: no real-against-real baseline, as moments cannot be halved.")
+    if note := small_sample_note(min(of.n for of in moments), moments[0].dim):
+        notes.append(f"{title}: {note}.")
+    return Distance(
+        row.name, title, frechet, None, baseline, None, None, None, {}, moments[0].dim, by_patient, row.invalid
+    )
 
 
 def _thinned(
@@ -508,181 +595,65 @@ def _thinned(
     return features[chosen], None if patients is None else [patients[i] for i in chosen]
 
 
-def _log_baseline(baseline: Baseline) -> Baseline:
-    values = tuple(math.log(value) if value > 0 else -math.inf for value in baseline.values)
-    return Baseline(float(np.mean(values)), min(values), max(values), values, baseline.halves, baseline.n_patients)
-
-
 def _diversity(images: ImageSet, role: str, pairs: str | int, seed: int, device: str, notes: list[str]) -> Any:
     from medgen.metrics.diversity import pairwise_ms_ssim
 
     if len(images) < 2:
         notes.append(f"No MS-SSIM of the {role}: one image makes no pair.")
         return None
-    if min(images.summary.shapes[0][1:]) < 48:
-        notes.append(f"No MS-SSIM of the {role}: its five scales take images of at least 48 pixels.")
+    if min(images.summary.shapes[0][1:]) < SMALLEST_FOR_MS_SSIM:
+        notes.append(
+            f"No MS-SSIM of the {role}: its five scales take images of at least {SMALLEST_FOR_MS_SSIM} pixels."
+        )
         return None
     return pairwise_ms_ssim(images, pairs, seed=seed, patients=images.patients, device=device)
 
 
-def _paired(real: ImageSet, judged: ImageSet, lpips_weights: str | None, device: str, seed: int) -> Any:
+def _paired(real: ImageSet, judged: ImageSet, lpips: Any, device: str, seed: int, notes: list[str]) -> Any:
     from medgen.metrics.paired import PAIRED_METRICS, paired_quality
 
-    network = None
-    if lpips_weights is not None:
-        from medgen.losses import LocalLPIPS
-
-        network = LocalLPIPS("squeeze", weights=lpips_weights, rescale=True)
+    of_reference, of_samples = _by_stem(real), _by_stem(judged)
+    both = [stem for stem in of_samples if stem in of_reference]
+    for of, role in ((of_samples, "samples"), (of_reference, "reference images")):
+        if len(of) > len(both):
+            notes.append(
+                f"{len(of) - len(both)} of the {len(of)} {role} that can be read have no partner of their name."
+            )
+    if not both:
+        raise UserError("--paired finds no pair of which both images can be read; look at what cannot")
     side = min(real.summary.shapes[0][1:])
-    names = [name for name, row in PAIRED_METRICS.items() if side >= row.min_side]
-    if network is None:
-        names.remove("lpips") if "lpips" in names else None
-    return paired_quality(
-        real, judged, names, pair_by="name", patients=real.patients, lpips=network, device=device, seed=seed
-    )
+    names = [name for name, metric in PAIRED_METRICS.items() if side >= metric.min_side]
+    if lpips is None and "lpips" in names:
+        names.remove("lpips")
+    real, judged = (of.subset([i[stem] for stem in both]) for of, i in ((real, of_reference), (judged, of_samples)))
+    return paired_quality(real, judged, names, patients=real.patients, lpips=lpips, device=device, seed=seed)
 
 
 def _audit(
     images: Mapping[str, ImageSet],
-    feature_sets: Mapping[str, Mapping[str, Any]],
-    workers: int,
-    cache_dir: str | os.PathLike | None,
+    features: Mapping[str, Mapping[str, Any]],
+    extract: _Extraction,
+    say: _Say,
     seed: int,
     progress: bool,
     notes: list[str],
 ) -> Any:
+    """Copies of training images, in pixels; and in the space of the first protocol that has features of all sets."""
     from medgen.metrics.memorisation import audit_memorisation
 
-    trained, held_out = images["training"], images.get("reference")
-    name = next((n for n in feature_sets if n in PROTOCOLS and not PROTOCOLS[n].ranges), None)
-    features = None
-    if name is not None and held_out is not None:
-        of_training = extract_features(trained, name, num_workers=workers, cache_dir=cache_dir, progress=progress)
-        sets = (feature_sets[name]["samples"], of_training, feature_sets[name]["reference"])
-        whole = (images["samples"], trained, held_out)
+    held_out = images.get("reference")
+    name = next((name for name in features if (name, "samples") in extract.rows), None)
+    given = None
+    if name is not None and held_out is not None and not extract.rows[name, "samples"].ranges:
+        say(f"{name} features of the {len(images['training'])} training images")
+        found = [features[name]["samples"], extract(name, "training", like="samples"), features[name]["reference"]]
+        whole = (images["samples"], images["training"], held_out)
         # images without features would shift the rows against the images
-        if all(len(found) == len(of) for found, of in zip(sets, whole, strict=True)):
-            features = [np.asarray(found.features) for found in sets]
+        if all(len(of) == len(all_of) for of, all_of in zip(found, whole, strict=True)):
+            given = [np.asarray(of.features) for of in found]
         else:
             notes.append(f"Copies were searched for in pixels only: some images have no {name} features.")
-    return audit_memorisation(images["samples"], trained, held_out, features=features, seed=seed, progress=progress)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-
-
-def make_report(
-    samples: str | os.PathLike,
-    reference: str | os.PathLike,
-    output_dir: str | os.PathLike,
-    *,
-    title: str | None = None,
-    command: str = "",
-    **options: Any,
-) -> tuple[Path, Measurements]:
-    """Measure, and write ``report.html``, ``report.json``, ``metrics.json``, ``rejected.csv`` and the tables.
-
-    Args:
-        samples: as in :func:`measure`.
-        reference: as in :func:`measure`.
-        output_dir: folder for the files.
-        title: heading of the page.
-        command: the command line that asked for it, printed on the page.
-        **options: of :func:`measure`.
-
-    Returns:
-        The page, and what was measured.
-
-    Raises:
-        UserError: as :func:`measure`; or the folder cannot be written to.
-    """
-    from medgen.report.page import render
-
-    folder = prepare_output_dir(output_dir)
-    found = measure(samples, reference, **options)
-    figures = found.figures()
-    heading = title or f"{Path(samples).name} against {Path(reference).name}"
-    versions = {"medgen": __version__, **{name: version(name) for name in LIBRARIES}}
-    created = datetime.now().astimezone().isoformat(timespec="minutes")
-    atomic_write_text(folder / "metrics.json", json.dumps(figures, indent=4, allow_nan=False) + "\n")
-    details = {"title": heading, "created": created, "versions": versions, "command": command, **_details(found)}
-    atomic_write_text(folder / "report.json", json.dumps(_plain(details), indent=2, allow_nan=False) + "\n")
-    _write_tables(found, folder)
-    page = folder / "report.html"
-    atomic_write_text(page, render(found, heading, created, versions, command))
-    return page, found
-
-
-def _details(found: Measurements) -> dict[str, Any]:
-    sets = {
-        role: {
-            "name": images.name,
-            "n": len(images),
-            "patients": None if images.patients is None else len(set(images.patients)),
-            "shape": images.summary.shapes[0],
-            "mean": images.summary.mean,
-            "constant": images.summary.constant,
-            "rejected": images.rejected,
-        }
-        for role, images in found.image_sets().items()
-    }
-    distances = [{**asdict(distance), "differences": len(distance.differences)} for distance in found.distances]
-    return {
-        "seed": found.seed,
-        "git": git_revision(),
-        "sets": sets,
-        "notes": found.notes,
-        "distances": distances,
-        "diversity": {role: asdict(similarity) for role, similarity in found.diversity.items()},
-        "paired": None if found.paired is None else {k: asdict(v) for k, v in found.paired.summary.items()},
-        "memorisation": None if found.memorisation is None else found.memorisation.to_dict(),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: NumPy's numbers as Python's, infinity and NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | np.ndarray):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return _finite(value)
-
-
-def _write_tables(found: Measurements, folder: Path) -> None:
-    rejected = [
-        (role, file, reason) for role, images in found.image_sets().items() for file, reason in images.rejected.items()
-    ]
-    _write_csv(folder / "rejected.csv", ("set", "file", "reason"), rejected)
-    for distance in found.distances:
-        if distance.differences:
-            rows = [asdict(row) for row in distance.differences]
-            _write_csv(folder / features_file(distance.protocol), tuple(rows[0]), [tuple(row.values()) for row in rows])
-    if found.paired is not None:
-        names = tuple(found.paired.values)
-        rows = zip(found.paired.references, found.paired.files, *found.paired.values.values(), strict=True)
-        _write_csv(folder / "paired.csv", ("reference", "sample", *names), list(rows))
-    if found.memorisation is not None:
-        rows = []
-        for match in found.memorisation.matches:
-            row = asdict(match)
-            row["sample"] = found.samples.files[match.sample]
-            row["training"] = "" if match.training is None else found.training.files[match.training]
-            row["shift"] = "{} {}".format(*match.shift)
-            rows.append(row)
-        _write_csv(folder / "copies.csv", tuple(rows[0]), [tuple(row.values()) for row in rows])
-
-
-def features_file(protocol: str) -> str:
-    """Name of the per-feature table of a protocol."""
-    return f"features_{protocol}.csv"
-
-
-def _write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    atomic_write_text(path, table.getvalue())
+    say("searching the training images for copies")
+    return audit_memorisation(
+        images["samples"], images["training"], held_out, features=given, seed=seed, progress=progress
+    )

@@ -16,13 +16,14 @@ from medgen.data.image_set import ImageSet
 from medgen.metrics.protocols import PROTOCOLS
 from medgen.output import git_revision
 from medgen.report import charts
-from medgen.report.measure import BASELINE_REPEATS, NEAREST_K, Distance, Measurements, features_file
+from medgen.report.measure import NEAREST_K, REPEATS
+from medgen.report.measurements import Distance, Measurements
 
-__all__ = ["render"]
+__all__ = ["features_file", "render"]
 
 GRID = 24  # images of each set that are shown
 TOP_FEATURES = 10
-WORST_PAIRS = 8
+WORST_PAIRS = 6
 HELD_OUT_NAMES = {"held_out": "reference images", "training": "training images, each against other patients'"}
 NO_VALUE = "–"
 
@@ -59,12 +60,13 @@ def render(found: Measurements, title: str, created: str, versions: dict[str, st
         command=command,
         cards=_cards(found),
         notes=found.notes,
-        sets=[_set(role, of) for role, of in images.items()],
+        sets=_sets(found),
         grids=[_grid(role, of, found.seed) for role, of in shown.items()],
         histogram=charts.intensity_histograms({r: of.summary.histogram for r, of in shown.items()}) if shown else "",
         distances=found.distances,
+        verdicts=found.verdicts(),
         interval_text=_interval_text(found),
-        baseline_repeats=BASELINE_REPEATS,
+        repeats=REPEATS,
         nearest_k=NEAREST_K,
         features=[_features(distance) for distance in found.distances if distance.differences],
         diversity=[{"role": role, "ms_ssim": of, **vars(of)} for role, of in found.diversity.items()],
@@ -99,32 +101,57 @@ def _cards(found: Measurements) -> list[dict[str, str]]:
     for distance in found.distances:
         if distance.invalid:
             continue
-        base = distance.frechet_baseline
-        detail = f"real against real: {_figure(base)}" if base else "no baseline"
+        equal, base = distance.frechet_equal, distance.frechet_baseline
+        detail = f"{_interval(distance.frechet)}, n = {distance.frechet.n_samples}; "
+        if equal and base:
+            detail += f"at equal n {_figure(equal)}, real against real {_figure(base)}"
+        else:
+            detail += "no baseline"
         cards.append({"name": distance.title, "value": _figure(distance.frechet), "detail": detail})
     if found.diversity.get("samples"):
-        real = found.diversity.get("reference")
-        detail = f"reference: {_figure(real)}" if real else ""
-        value = _figure(found.diversity["samples"])
-        cards.append({"name": "MS-SSIM between samples", "value": value, "detail": detail})
+        of, real = found.diversity["samples"], found.diversity.get("reference")
+        detail = _interval(of) + (f"; reference {_figure(real)}" if real else "")
+        cards.append({"name": "MS-SSIM between samples", "value": _figure(of), "detail": detail})
     if found.memorisation is not None:
+        audit = found.memorisation
         detail = f"of {len(found.samples)} samples"
-        value = str(len(found.memorisation.flagged))
-        cards.append({"name": "copies of training images", "value": value, "detail": detail})
+        if audit.share is not None:
+            detail += f": {100 * audit.share_low:.1f} to {100 * audit.share_high:.1f}%"
+        cards.append({"name": "copies of training images", "value": str(len(audit.flagged)), "detail": detail})
     return cards
 
 
-def _set(role: str, images: ImageSet) -> dict[str, Any]:
-    channels, height, width = images.summary.shapes[0]
-    return {
-        "role": role,
-        "name": images.name.removeprefix(f"{role} "),
-        "n": len(images),
-        "n_patients": None if images.patients is None else len(set(images.patients)),
-        "shape": f"{width} × {height} {'grey' if channels == 1 else 'RGB'}",
-        "constant": len(images.summary.constant),
-        "rejected": images.rejected,
-    }
+def _interval(estimate: Any) -> str:
+    if estimate.low is None or not math.isfinite(estimate.low) or not math.isfinite(estimate.high):
+        return "no interval"
+    return f"{_figure(estimate.low)} to {_figure(estimate.high)}"
+
+
+def features_file(protocol: str) -> str:
+    """Name of the per-feature table of a protocol."""
+    return f"features_{protocol}.csv"
+
+
+def _sets(found: Measurements) -> list[dict[str, Any]]:
+    rows = []
+    for role, (name, n, patients) in found.feature_files.items():
+        row = {"role": role, "name": name, "n": n, "n_patients": patients, "shape": "features"}
+        rows.append({**row, "constant": NO_VALUE, "n_rejected": NO_VALUE, "left_out": []})
+    for role, images in found.image_sets().items():
+        channels, height, width = images.summary.shapes[0]
+        rows.append(
+            {
+                "role": role,
+                "name": images.name.removeprefix(f"{role} "),
+                "n": len(images),
+                "n_patients": None if images.patients is None else len(set(images.patients)),
+                "shape": f"{width} × {height} {'grey' if channels == 1 else 'RGB'}",
+                "constant": len(images.summary.constant),
+                "n_rejected": len(images.rejected),
+                "left_out": [(file, reason) for of, file, reason in found.left_out() if of == role],
+            }
+        )
+    return rows
 
 
 def _grid(role: str, images: ImageSet, seed: int) -> dict[str, str]:
@@ -137,13 +164,16 @@ def _grid(role: str, images: ImageSet, seed: int) -> dict[str, str]:
 
 
 def _interval_text(found: Measurements) -> str:
-    levels = {distance.frechet.level for distance in found.distances}
-    if not levels:
+    if not found.distances:
         return ""
     sizes = {(distance.frechet.n_samples, distance.frechet.n_reference) for distance in found.distances}
     n = "; ".join(f"{samples} samples against {reference}" for samples, reference in sorted(sizes))
-    patients = "patients" if found.reference is not None and found.reference.patients else "images"
-    return f"n: {n}. Below each figure its {100 * min(levels):.0f}% interval, from drawing {patients} with replacement."
+    drawn = {
+        f"{'patients' if real else 'images'} of the reference and {'patients' if judged else 'images'} of the samples"
+        for real, judged in (distance.by_patient for distance in found.distances)
+    }
+    level = 100 * min(distance.frechet.level for distance in found.distances)
+    return f"n: {n}. Below each figure its {level:.0f}% interval, from drawing {', '.join(sorted(drawn))} again."
 
 
 def _features(distance: Distance) -> dict[str, Any]:
@@ -183,7 +213,7 @@ def _paired(found: Measurements) -> list[dict[str, Any]]:
                 "estimate": summary,
                 "best": f"{best} ({metric.direction} is better)",
                 "n": summary.n,
-                "note": summary.note,
+                "note": "; ".join(part for part in summary.note.split("; ") if "resamples" not in part),
             }
         )
     return rows
@@ -199,6 +229,8 @@ def _memorisation(found: Measurements) -> dict[str, Any]:
             "sample": names[match.sample],
             "training": others[match.training],
             "similarity": match.similarity,
+            "excess": match.excess,
+            "p_value": match.p_value,
             "transform": _transform(match),
             "flagged": match.flagged,
         }
@@ -215,6 +247,7 @@ def _memorisation(found: Measurements) -> dict[str, Any]:
         pairs = charts.figure_png_uri(draw_worst_pairs(audit, found.samples, found.training, WORST_PAIRS))
     return {
         "summary": _audit_summary(audit, held_out),
+        "features": _feature_summary(audit, next((d.title for d in found.distances), "")),
         "notes": audit.notes,
         "chart": chart,
         "chart_caption": f"How like each sample is to its nearest of {audit.n_training} training images, beside "
@@ -242,10 +275,25 @@ def _audit_summary(audit: Any, held_out: str) -> str:
     return f"{text}."
 
 
+def _feature_summary(audit: Any, title: str) -> str:
+    of = audit.features
+    if of is None or of.closer is None:
+        return ""
+    return (
+        f"In the features of {title}: a sample is nearer to the training images than an independent image is with "
+        f"probability {of.closer:.2f} (0.5 would be ideal; p = {of.closer_p_value:.2g} that it is no more), and "
+        f"{len(of.flagged)} are nearer than any plausible independent image. Nearness there is a reason to look, not a "
+        "finding: smooth images are near without being copies."
+    )
+
+
 def _transform(match: Any) -> str:
     parts = [] if match.flip == "none" else [f"flipped ({match.flip})"]
     if any(match.shift):
-        parts.append("shifted by {} down, {} right".format(*match.shift))
+        down, right = match.shift
+        moved = [f"{abs(down)} {'down' if down > 0 else 'up'}"] if down else []
+        moved += [f"{abs(right)} {'right' if right > 0 else 'left'}"] if right else []
+        parts.append(f"shifted by {', '.join(moved)}")
     return ", ".join(parts) or "as it is"
 
 

@@ -1,0 +1,153 @@
+"""The files of a report: the page, JSON and tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medgen import __version__
+from medgen.output import atomic_write_text, git_revision, prepare_output_dir
+from medgen.report.measure import measure
+from medgen.report.measurements import Measurements, finite
+from medgen.report.page import features_file, render
+
+__all__ = ["make_report"]
+
+LIBRARIES = ("torch", "monai", "numpy", "scipy", "SimpleITK", "PyWavelets", "piq")
+
+
+def make_report(
+    samples: str | os.PathLike,
+    reference: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    title: str | None = None,
+    command: str = "",
+    **options: Any,
+) -> tuple[list[Path], Measurements]:
+    """Measure, and write ``report.html``, ``report.json``, ``metrics.json``, ``rejected.csv`` and the tables.
+
+    What an earlier report wrote into the folder is removed first; other files stay.
+
+    Args:
+        samples: as in :func:`medgen.report.measure.measure`.
+        reference: likewise.
+        output_dir: folder for the files.
+        title: heading of the page.
+        command: the command line that asked for it, printed on the page.
+        **options: of :func:`medgen.report.measure.measure`.
+
+    Returns:
+        The files, the page first, and what was measured.
+
+    Raises:
+        UserError: as there; or the folder cannot be written to.
+    """
+    folder = prepare_output_dir(output_dir)
+    found = measure(samples, reference, **options)
+    heading = title or f"{Path(samples).name} against {Path(reference).name}"
+    versions = {"medgen": __version__, **{name: version(name) for name in LIBRARIES}}
+    created = datetime.now().astimezone().isoformat(timespec="minutes")
+    texts = {
+        "report.html": render(found, heading, created, versions, command),
+        "metrics.json": json.dumps(found.figures(), indent=4, allow_nan=False) + "\n",
+        **_tables(found),
+    }
+    details = {"title": heading, "created": created, "versions": versions, "command": command, **_details(found)}
+    details["files"] = [*texts, "report.json"]
+    texts["report.json"] = json.dumps(_plain(details), indent=2, allow_nan=False) + "\n"
+    _remove_earlier(folder)
+    for name, text in texts.items():
+        atomic_write_text(folder / name, text)
+    return [folder / name for name in texts], found
+
+
+def _remove_earlier(folder: Path) -> None:
+    """What an earlier report left: a table of other samples beside a new page would be taken for its own."""
+    try:
+        files = json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"]
+        names = [name for name in files if Path(name).name == name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or none of ours
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _details(found: Measurements) -> dict[str, Any]:
+    sets = {
+        role: {
+            "name": images.name,
+            "n": len(images),
+            "patients": None if images.patients is None else len(set(images.patients)),
+            "shape": images.summary.shapes[0],
+            "mean": images.summary.mean,
+            "constant": images.summary.constant,
+            "rejected": images.rejected,
+        }
+        for role, images in found.image_sets().items()
+    }
+    distances = [{**asdict(distance), "differences": len(distance.differences)} for distance in found.distances]
+    return {
+        "seed": found.seed,
+        "git": git_revision(),
+        "sets": sets,
+        "feature_files": found.feature_files,
+        "unmeasured": found.unmeasured,
+        "verdicts": found.verdicts(),
+        "notes": found.notes,
+        "distances": distances,
+        "diversity": {role: asdict(similarity) for role, similarity in found.diversity.items()},
+        "paired": None if found.paired is None else {k: asdict(v) for k, v in found.paired.summary.items()},
+        "memorisation": None if found.memorisation is None else found.memorisation.to_dict(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: NumPy's numbers as Python's, infinity and NaN as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | np.ndarray):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return finite(value)
+
+
+def _tables(found: Measurements) -> dict[str, str]:
+    tables = {"rejected.csv": _csv(("set", "file", "reason"), found.left_out())}
+    for distance in found.distances:
+        if distance.differences:
+            rows = [asdict(row) for row in distance.differences]
+            tables[features_file(distance.protocol)] = _csv(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    if found.paired is not None:
+        names = tuple(found.paired.values)
+        rows = zip(found.paired.references, found.paired.files, *found.paired.values.values(), strict=True)
+        tables["paired.csv"] = _csv(("reference", "sample", *names), list(rows))
+    if found.memorisation is not None:
+        rows = []
+        for match in found.memorisation.matches:
+            row = asdict(match)
+            row["sample"] = found.samples.files[match.sample]
+            row["training"] = "" if match.training is None else found.training.files[match.training]
+            row["shift"] = "{} {}".format(*match.shift)
+            rows.append(row)
+        tables["copies.csv"] = _csv(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    return tables
+
+
+def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return table.getvalue()
