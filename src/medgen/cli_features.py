@@ -80,6 +80,9 @@ def features(
         raise UserError(f"expected {' and '.join(missing)}; medgen features --help lists the options")
     if output.suffix != ".npz":
         raise UserError(f"--output must be a file that ends in .npz, got {output}")
+    for name, value, least in (("num_workers", num_workers, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}; set --{name}")
 
     from medgen.data.datalist import write_rejected
     from medgen.data.image_set import ImageSet

@@ -148,13 +148,18 @@ def test_invalid_source_protocol_scales_each_side_as_the_source_did(role: str, w
     assert protocol.settings["role"] == role
 
 
+@pytest.mark.parametrize("protocol", ["frd_v1", "xrv_ldm_source"])
+def test_role_that_is_none_is_refused(protocol: str) -> None:
+    with pytest.raises(UserError, match="role must be reference or samples, got 'fake'"):
+        get_protocol(protocol).with_role("fake")
+
+
 def test_invalid_source_protocol_asks_for_the_role() -> None:
     protocol = get_protocol("xrv_ldm_source")
 
     for attempt in (
         lambda: protocol.prepare(GREY),
         lambda: make_extractor(protocol),
-        lambda: protocol.with_role("fake"),
     ):
         with pytest.raises(UserError, match="treats reference and samples differently"):
             attempt()

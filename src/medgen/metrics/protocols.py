@@ -175,8 +175,10 @@ class Protocol:
         """This row for one of the two sets of images; unchanged where a row treats both alike.
 
         Raises:
-            UserError: the row needs a role, and it is not ``reference`` or ``samples``.
+            UserError: the role is not ``reference`` or ``samples``, or the row needs one.
         """
+        if role is not None and role not in ROLES:
+            raise UserError(f"role must be {' or '.join(ROLES)}, got {role!r}")
         if not self.ranges:
             return self
         if role not in ROLES:
