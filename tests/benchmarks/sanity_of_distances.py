@@ -87,7 +87,7 @@ def distance_row(name: str, distance: Distance) -> str:
     low, high = distance.frechet.low, distance.frechet.high
     prdc = [f"{distance.prdc[key].value:.2f}" for key in PRDC_NAMES]
     value = f"{distance.frechet.value:.3g} ({low:.3g} to {high:.3g})"
-    cells = [name, value, f"{distance.frechet_half.mean:.3g}", f"{distance.kernel.value:.3g}", *prdc]
+    cells = [name, value, f"{distance.frechet_equal.mean:.3g}", f"{distance.kernel.value:.3g}", *prdc]
     return "| " + " | ".join(cells) + " |"
 
 
