@@ -66,7 +66,8 @@ class Distance:
         sizes = f"{self.frechet_equal.n_second} samples or {self.frechet_baseline.n_second} real images"
         return (
             f"{self.title}: against {self.frechet_equal.n_first} real images, {sizes}: the samples were farther away "
-            f"in {farther} of {len(pairs)} divisions (a perfect generator: about half)."
+            f"in {farther} of {len(pairs)} divisions (other real images: half on average; divisions share images, so "
+            "this is no test of significance)."
         )
 
     @property
