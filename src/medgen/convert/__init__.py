@@ -8,5 +8,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "restricted": ["module_state_dict", "read_module_weights", "read_records", "Record", "StoredTensor"],
+        "rosinality": ["convert_rosinality"],
+        "stylegan2": ["ConvertedStyleGAN2", "from_official", "official_settings", "to_official"],
+        "stylegan2_pickle": ["convert_stylegan2_pickle", "read_stylegan2_pickle"],
     },
 )

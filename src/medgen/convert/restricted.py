@@ -9,6 +9,7 @@ torch's zip (since 1.6) and its legacy one (a row of pickles, then the storages)
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import os
 import pickle
@@ -16,10 +17,10 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -31,6 +32,7 @@ EXPECTED = ("torch.nn",)  # packages whose classes every pickled module names
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 DEEPEST = 200  # modules within modules
+MOST_MODULES = 100_000  # a module may stand in many places: 50 levels of twice the same are a quadrillion
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -49,7 +51,7 @@ STORAGES = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """Something in the file that is not read; the message says what."""
 
 
@@ -58,14 +60,14 @@ class _RefusedError(Exception):
 # given, so each of these has a __setstate__, and nothing that a later file could find changed.
 
 
-class _InertType(type):
+class InertType(type):
     """Type of classes that cannot be changed."""
 
     def __setattr__(cls, name: str, value: Any) -> NoReturn:
-        raise _RefusedError(f"it tries to change the class {cls.__name__}")
+        raise RefusedError(f"it tries to change the class {cls.__name__}")
 
 
-class Record(metaclass=_InertType):
+class Record(metaclass=InertType):
     """An object whose class was not imported.
 
     Attributes:
@@ -87,7 +89,7 @@ class Record(metaclass=_InertType):
         return record
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise _RefusedError(f"it tries to set {name} of a {self.type_name}")
+        raise RefusedError(f"it tries to set {name} of a {self.type_name}")
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # attributes and slots
@@ -98,7 +100,7 @@ class Record(metaclass=_InertType):
         return f"Record({self.type_name})"
 
 
-class _OrderedDict(dict, metaclass=_InertType):
+class InertDict(dict, metaclass=InertType):
     """Stands for ``collections.OrderedDict``, whose methods a pickle could replace."""
 
     __slots__ = ()
@@ -107,23 +109,37 @@ class _OrderedDict(dict, metaclass=_InertType):
         """Dropped: the ``_metadata`` of a state dict."""
 
 
-class _Inert:
+class Inert:
+    """Base of what a pickle may get hold of: its BUILD instruction is refused."""
+
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> NoReturn:
-        raise _RefusedError(f"it tries to change a {type(self).__name__.strip('_')}")
+        raise RefusedError(f"it tries to change a {type(self).__name__.strip('_')}")
+
+
+class StorageReader(Protocol):
+    """What knows where the numbers of a storage lie."""
+
+    def errors(self) -> OneLineErrors: ...
+
+    def storage(self, stored: Storage) -> torch.Tensor:
+        """All numbers of a storage, (length,)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
-class _Storage(_Inert):
-    archive: _Archive
+class Storage(Inert):
+    """A row of numbers that tensors are views of."""
+
+    archive: StorageReader
     key: str
     dtype: torch.dtype
     length: int
 
 
 @dataclass(frozen=True, eq=False)
-class StoredTensor(_Inert):
+class StoredTensor(Inert):
     """A tensor that still lies in its file; :meth:`read` fetches it.
 
     Attributes:
@@ -131,7 +147,7 @@ class StoredTensor(_Inert):
         stride, offset: in elements of its storage, which other tensors may share.
     """
 
-    storage: _Storage
+    storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -151,13 +167,13 @@ class StoredTensor(_Inert):
             return torch.as_strided(archive.storage(self.storage), self.shape, self.stride, self.offset)
 
 
-class _RebuildTensor(_Inert):
+class _RebuildTensor(Inert):
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         whole = [offset, *shape, *stride]
-        if not isinstance(storage, _Storage) or not all(type(n) is int and 0 <= n < 2**48 for n in whole):
-            raise _RefusedError("a tensor is described by something other than a storage and whole numbers")
+        if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < 2**48 for n in whole):
+            raise RefusedError("a tensor is described by something other than a storage and whole numbers")
         shape, stride = tuple(shape), tuple(stride)
         elements = 1
         for n in shape:
@@ -165,22 +181,22 @@ class _RebuildTensor(_Inert):
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if elements else 0
         # more elements than the storage has: a few bytes that would become terabytes when they are copied
         if last >= max(storage.length, 1) or elements > storage.length:
-            raise _RefusedError(f"a tensor of shape {shape} does not fit its storage of {storage.length} numbers")
+            raise RefusedError(f"a tensor of shape {shape} does not fit its storage of {storage.length} numbers")
         return StoredTensor(storage, offset, shape, stride)
 
 
-class _RebuildParameter(_Inert):
+class _RebuildParameter(Inert):
     __slots__ = ()
 
     def __call__(self, tensor: Any, *_: Any) -> StoredTensor:
         if not isinstance(tensor, StoredTensor):
-            raise _RefusedError("a parameter is made of something other than a tensor")
+            raise RefusedError("a parameter is made of something other than a tensor")
         return tensor
 
 
 # The globals that are answered, all of them; those of the packages expected become records.
 GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _OrderedDict,
+    ("collections", "OrderedDict"): InertDict,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
     ("torch", "Size"): tuple,
@@ -203,33 +219,33 @@ class _Unpickler(pickle.Unpickler):
         if any(module == package or module.startswith(f"{package}.") for package in self.archive.packages):
             if (module, name) not in self.classes:
                 body = {"__slots__": (), "type_name": f"{module}.{name}"}
-                self.classes[module, name] = _InertType(name.rpartition(".")[2], (Record,), body)
+                self.classes[module, name] = InertType(name.rpartition(".")[2], (Record,), body)
             return self.classes[module, name]
         expected = ", ".join(self.archive.packages)
-        raise _RefusedError(f"it names {module}.{name}, which is neither a tensor nor a class of {expected}")
+        raise RefusedError(f"it names {module}.{name}, which is neither a tensor nor a class of {expected}")
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             return pid[1]  # a class, with the source code that it had; legacy format
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or pid[5:] not in ((), (None,)):
-            raise _RefusedError("it refers to something outside that is neither a class nor a whole storage")
+            raise RefusedError("it refers to something outside that is neither a class nor a whole storage")
         _, dtype, key, _, length = pid[:5]
         if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or type(length) is not int or length < 0:
-            raise _RefusedError("a storage is described by something other than a type, a name and a length")
-        stored = self.archive.described.setdefault(key, _Storage(self.archive, key, dtype, length))
+            raise RefusedError("a storage is described by something other than a type, a name and a length")
+        stored = self.archive.described.setdefault(key, Storage(self.archive, key, dtype, length))
         if (stored.dtype, stored.length) != (dtype, length):
-            raise _RefusedError(f"storage {key} is described in two ways")
+            raise RefusedError(f"storage {key} is described in two ways")
         return stored
 
 
-def _next_pickle(data: Any) -> bytes:
+def next_pickle(data: Any) -> bytes:
     """The bytes of one pickle, from where ``data`` stands, with what the pickle machine itself does not check."""
     start = data.tell()
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name.startswith("EXT"):  # would take objects from a registry of this process, unseen by find_class
-            raise _RefusedError("it uses pickle's extension registry")
+            raise RefusedError("it uses pickle's extension registry")
         if opcode.name.endswith("PUT") and int(argument) > data.tell():  # the machine makes a table of that length
-            raise _RefusedError("it has a memo index beyond its own length")
+            raise RefusedError("it has a memo index beyond its own length")
     end = data.tell()
     data.seek(start)
     return data.read(end - start)
@@ -245,12 +261,12 @@ class _Archive:
     def __init__(self, path: Path, packages: Sequence[str]) -> None:
         self.path = path
         self.packages = packages
-        self.described: dict[str, _Storage] = {}
+        self.described: dict[str, Storage] = {}
         self._places: dict[str, int] | None = None  # legacy: key -> where its numbers begin; None: zip
         self._read: dict[str, torch.Tensor] = {}
 
-    def errors(self) -> _Errors:
-        return _Errors(self.path)
+    def errors(self) -> OneLineErrors:
+        return OneLineErrors(self.path)
 
     def unpickled(self) -> Any:
         if zipfile.is_zipfile(self.path):
@@ -258,49 +274,49 @@ class _Archive:
                 names = set(file.namelist())
                 pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
                 if len(pickles) != 1:
-                    raise _RefusedError("it is a zip archive without the one data.pkl of a torch file")
+                    raise RefusedError("it is a zip archive without the one data.pkl of a torch file")
                 self._prefix = pickles[0].removesuffix("data.pkl")
                 if f"{self._prefix}constants.pkl" in names:
-                    raise _RefusedError("it is a TorchScript file, which torch.jit.load reads")
+                    raise RefusedError("it is a TorchScript file, which torch.jit.load reads")
                 order = f"{self._prefix}byteorder"
                 if order in names:
                     self._check_order(self._entry(file, order).decode("ascii"))
                 data = io.BytesIO(self._entry(file, pickles[0]))
-            return _Unpickler(_next_pickle(data), self).load()
+            return _Unpickler(next_pickle(data), self).load()
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:2] != b"\x80\x02":
-                raise _RefusedError("it is no torch file")
+                raise RefusedError("it is no torch file")
             if self._plain(data) != LEGACY_MAGIC or self._plain(data) != LEGACY_PROTOCOL:
-                raise _RefusedError("it is a pickle, but no torch file")
+                raise RefusedError("it is a pickle, but no torch file")
             self._check_order("little" if self._plain(data)["little_endian"] else "big")
-            content = _Unpickler(_next_pickle(data), self).load()
+            content = _Unpickler(next_pickle(data), self).load()
             self._places = {}
             for key in self._plain(data):
                 if key not in self.described:
-                    raise _RefusedError(f"storage {key} belongs to nothing")
+                    raise RefusedError(f"storage {key} belongs to nothing")
                 (length,) = struct.unpack("<q", data.read(8))
                 if length != self.described[key].length:
-                    raise _RefusedError(f"storage {key} has {length} numbers instead of {self.described[key].length}")
+                    raise RefusedError(f"storage {key} has {length} numbers instead of {self.described[key].length}")
                 self._places[key] = data.tell()
                 data.seek(length * self.described[key].dtype.itemsize, os.SEEK_CUR)
             return content
 
     def _plain(self, data: mmap.mmap) -> Any:
         """The next pickle, which must do without any global."""
-        return _PlainUnpickler(io.BytesIO(_next_pickle(data))).load()
+        return _PlainUnpickler(io.BytesIO(next_pickle(data))).load()
 
     @staticmethod
     def _check_order(order: str) -> None:
         if order != sys.byteorder:
-            raise _RefusedError(f"its numbers are stored {order}-endian, this machine's are {sys.byteorder}-endian")
+            raise RefusedError(f"its numbers are stored {order}-endian, this machine's are {sys.byteorder}-endian")
 
     @staticmethod
     def _entry(file: zipfile.ZipFile, name: str) -> bytes:
         if file.getinfo(name).compress_type != zipfile.ZIP_STORED:
-            raise _RefusedError(f"{name} is compressed, which torch files never are")
+            raise RefusedError(f"{name} is compressed, which torch files never are")
         return file.read(name)
 
-    def storage(self, stored: _Storage) -> torch.Tensor:
+    def storage(self, stored: Storage) -> torch.Tensor:
         """All numbers of a storage, (length,); read once."""
         if stored.key not in self._read:
             size = stored.length * stored.dtype.itemsize
@@ -313,7 +329,7 @@ class _Archive:
                     # never more than there is: a length out of the file must not decide what is allocated
                     numbers = file.read(min(size, os.fstat(file.fileno()).st_size))
             if len(numbers) != size:
-                raise _RefusedError(f"storage {stored.key} has {len(numbers)} bytes instead of {size}")
+                raise RefusedError(f"storage {stored.key} has {len(numbers)} bytes instead of {size}")
             buffer = bytearray(numbers)  # torch wants memory that may be written to
             self._read[stored.key] = (
                 torch.frombuffer(buffer, dtype=stored.dtype) if size else torch.empty(0, dtype=stored.dtype)
@@ -323,30 +339,43 @@ class _Archive:
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise _RefusedError(f"it names {module}.{name} where only numbers and names belong")
+        raise RefusedError(f"it names {module}.{name} where only numbers and names belong")
 
     def persistent_load(self, pid: Any) -> NoReturn:
-        raise _RefusedError("it refers to something outside where only numbers and names belong")
+        raise RefusedError("it refers to something outside where only numbers and names belong")
 
 
-class _Errors:
-    """Turns whatever damaged bytes lead to into one line."""
+class OneLineErrors:
+    """Turns whatever damaged bytes lead to into one line.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file that is read.
+        kind: what it should be, for the message.
+    """
+
+    def __init__(self, path: Path, kind: str = "torch file") -> None:
         self.path = path
+        self.kind = kind
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, _RefusedError):
-            raise UserError(f"{self.path} is not read: {error}; nothing in it was run") from None
+        if isinstance(error, UserError):
+            raise UserError(_one_line(error)) from error.__cause__
+        if isinstance(error, RefusedError):
+            raise UserError(f"{self.path} is not read: {_one_line(error)}; nothing in it was run") from None
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{self.path} cannot be read ({error.strerror})") from error
         if isinstance(error, Exception):
-            said = " ".join(str(error).split())[:200]
-            what = f"{self.path} is no torch file, or a damaged one"
-            raise UserError(f"{what} ({type(error).__name__}: {said}); nothing in it was run") from error
+            what = f"{self.path} is no {self.kind}, or a damaged one"
+            raise UserError(f"{what} ({type(error).__name__}: {_one_line(error)}); nothing in it was run") from error
+
+
+def _one_line(error: BaseException) -> str:
+    """What it says, without what names out of a hostile file could do to a terminal."""
+    text = " ".join(str(error).split())
+    return "".join(character if character.isprintable() else "?" for character in text)[:500]
 
 
 def read_records(path: str | os.PathLike, packages: Sequence[str] = ()) -> Any:
@@ -360,7 +389,7 @@ def read_records(path: str | os.PathLike, packages: Sequence[str] = ()) -> Any:
         UserError: the file is damaged, something else, or names anything but tensors and classes of these packages.
     """
     path = Path(path)
-    with _Errors(path):
+    with OneLineErrors(path):
         return _Archive(path, (*EXPECTED, *packages)).unpickled()
 
 
@@ -379,7 +408,7 @@ def module_state_dict(content: Any) -> dict[str, torch.Tensor]:
     """
     found: dict[str, StoredTensor] = {}
     if isinstance(content, Record):
-        _collect(content, "", 0, found)
+        _collect(content, "", 0, found, itertools.count())
     elif isinstance(content, Mapping) and all(isinstance(value, StoredTensor) for value in content.values()):
         found = {str(name): value for name, value in content.items()}
     else:
@@ -388,9 +417,11 @@ def module_state_dict(content: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.read() for name, tensor in found.items()}
 
 
-def _collect(module: Record, prefix: str, depth: int, found: dict[str, StoredTensor]) -> None:
+def _collect(
+    module: Record, prefix: str, depth: int, found: dict[str, StoredTensor], modules_seen: Iterator[int]
+) -> None:
     where = prefix.rstrip(".") or "the file"
-    if depth > DEEPEST:
+    if depth > DEEPEST or next(modules_seen) > MOST_MODULES:
         raise UserError(f"{where[:80]} holds modules within modules without an end")
     state = module.state if isinstance(module.state, dict) else {}
     parts = [state.get(key) for key in ("_parameters", "_buffers", "_modules")]
@@ -410,7 +441,7 @@ def _collect(module: Record, prefix: str, depth: int, found: dict[str, StoredTen
             continue
         if not isinstance(child, Record):
             raise UserError(f"expected a module at {prefix}{name}, got a {type(child).__name__}")
-        _collect(child, f"{prefix}{name}.", depth + 1, found)
+        _collect(child, f"{prefix}{name}.", depth + 1, found, modules_seen)
 
 
 def read_module_weights(path: str | os.PathLike, packages: Sequence[str] = ()) -> dict[str, torch.Tensor]:

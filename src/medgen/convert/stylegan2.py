@@ -9,18 +9,51 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from medgen.errors import UserError
-from medgen.networks.stylegan2 import RESAMPLE_TAPS
+from medgen.networks.stylegan2 import RESAMPLE_TAPS, StyleGAN2Discriminator, StyleGAN2Generator
+from medgen.weights import check_same_shapes
 
-__all__ = ["from_official", "official_settings", "to_official"]
+__all__ = ["ConvertedStyleGAN2", "from_official", "official_settings", "to_official"]
 
 _DENSE = ("weight", "bias")
 _STYLED = ("weight", "bias", "noise_strength", "affine.weight", "affine.bias")
 _FILTER = "resample_filter"
+
+
+class ConvertedStyleGAN2(NamedTuple):
+    """A network out of a foreign file.
+
+    Attributes:
+        network: its class.
+        settings: keyword arguments to build it with.
+        state: its state dict.
+    """
+
+    network: type[StyleGAN2Generator | StyleGAN2Discriminator]
+    settings: dict[str, Any]
+    state: dict[str, torch.Tensor]
+
+    @classmethod
+    def checked(cls, source: str, settings: dict[str, Any], state: Mapping[str, torch.Tensor]) -> ConvertedStyleGAN2:
+        """A network whose settings and weights have been seen to fit each other.
+
+        Args:
+            source: where they come from, for messages.
+            settings: of the generator, with ``out_channels``, or of the discriminator.
+            state: under the names of the network here; copied, as float32.
+
+        Raises:
+            UserError: no network can be built of these settings, or it has other shapes.
+        """
+        network = StyleGAN2Generator if "out_channels" in settings else StyleGAN2Discriminator
+        with torch.device("meta"):  # shapes without numbers: what a file asks for is not allocated before it fits
+            expected = network(**settings).state_dict()
+        check_same_shapes(source, expected, state)
+        return cls(network, settings, {name: state[name].detach().to(torch.float32, copy=True) for name in expected})
 
 
 def _is_generator(state: Mapping[str, torch.Tensor]) -> bool:
