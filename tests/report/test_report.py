@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from medgen import cli
 from medgen.metrics.feature_set import FeatureSet
-from medgen.report.measure import measure
+from medgen.metrics.frechet import frechet_distance
+from medgen.report.files import make_report
+from medgen.report.measure import _halves, measure
 
 SIDE = 64
 # brightness and contrast: as many features as make a Fréchet distance of a few images meaningful
@@ -291,7 +293,7 @@ def test_code_runs_only_if_the_command_names_it(tmp_path, monkeypatch):
 
 
 def test_moments_keep_the_warnings_of_their_images(tmp_path):
-    """Invalid protocols stay invalid, few images stay few, and a reference with features keeps its baseline."""
+    """Invalid protocols stay invalid, and few images stay few."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         files = tuple(f"{i}.png" for i in range(30))
@@ -301,12 +303,9 @@ def test_moments_keep_the_warnings_of_their_images(tmp_path):
         rows.moments().save(tmp_path / f"{name}_moments.npz")
 
     both = measure(tmp_path / "a_moments.npz", tmp_path / "b_moments.npz", protocols=["xrv_ldm_source"])
-    one = measure(tmp_path / "a_moments.npz", tmp_path / "b.npz", protocols=["xrv_ldm_source"])
-
     assert "network expects" in both.distances[0].invalid
     assert any("30 images are too few for 40 features" in note for note in both.notes)
     assert "not valid" in both.lines()[1]
-    assert one.distances[0].frechet_baseline.n_first == 15
 
 
 def test_files_of_an_earlier_report_go_and_others_stay(tmp_path):
@@ -320,6 +319,64 @@ def test_files_of_an_earlier_report_go_and_others_stay(tmp_path):
 
     expected = {"report.html", "report.json", "metrics.json", "rejected.csv", "features_mine.csv"}
     assert {file.name for file in out.iterdir()} == expected
+
+
+def test_only_files_that_a_report_wrote_are_removed(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    (out / "model.pt").write_text("somebody's")
+    (out / "report.json").write_text(json.dumps({"files": ["model.pt", "sub", "..", "copies.csv"]}))
+    (out / "copies.csv").write_text("somebody's")
+
+    result = report(samples, reference, "--output_dir", out, "--protocol", PROTOCOL)
+
+    assert result.exit_code == 0, result.output
+    assert (out / "model.pt").read_text() == (out / "copies.csv").read_text() == "somebody's"
+    assert (out / "sub").is_dir()
+
+
+def test_the_page_does_not_pass_on_a_password(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+    command = "medgen report a b --tracking_uri https://bob:s3cret@host:5000/"
+
+    files, _ = make_report(
+        samples, reference, tmp_path / "out", command=command, protocols=[PROTOCOL], num_workers=0, progress=False
+    )
+
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    assert not any("s3cret" in text for text in texts)
+    assert "//***@host:5000/" in texts[0]
+
+
+def test_images_of_one_patient_do_not_make_a_perfect_generator_look_better_than_real(tmp_path):
+    """40 patients with 4 alike images each against independent samples of the same distribution."""
+    rng = np.random.default_rng(0)
+    farther = []
+    for _ in range(12):
+        patients = np.repeat(np.arange(40), 4)
+        x = 0.8 * rng.standard_normal((40, 8))[patients] + 0.6 * rng.standard_normal((160, 8))
+        y = rng.standard_normal((160, 8))
+        known = {"reference_patients": [str(p) for p in patients], "sample_patients": None}
+        equal, real, _ = _halves(x, y, frechet_distance, known, seed=0)
+        assert (equal.n_first, equal.n_second) == (real.n_first, real.n_second) == (20, 20)
+        farther += [a > b for a, b in zip(equal.values, real.values, strict=True)]
+
+    assert 0.35 < np.mean(farther) < 0.65
+
+
+def test_training_images_are_for_samples_that_are_images(tmp_path):
+    reference = folder_of(tmp_path / "reference", range(12))
+    features = np.random.default_rng(0).random((12, 2))
+    files = tuple(f"{i}.png" for i in range(12))
+    FeatureSet(features, (), files, None, PROTOCOL, {}, {}).save(tmp_path / "f.npz")
+
+    result = report(
+        tmp_path / "f.npz", reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL, "--training", reference
+    )
+
+    assert result.exit_code == 1
+    assert "the samples are features" in result.output
 
 
 def test_every_figure_has_its_interval(tmp_path):
@@ -433,7 +490,7 @@ def test_what_three_images_do_not_allow_is_left_out_and_said(tmp_path):
     result = report(samples, reference, "--output_dir", tmp_path / "out", "--protocol", PROTOCOL)
 
     assert result.exit_code == 0, result.output
-    assert "too small to be halved" in result.output
+    assert "at least 4 patients to be halved" in result.output
     assert "no precision and recall" in result.output
     assert not {name for name in figures_of(tmp_path / "out") if "equal_n" in name or "precision" in name}
 
@@ -524,7 +581,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, samples, options, expected):
         assert "reading" not in result.output  # before hours of work
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04nonsense", "an empty zip", "NaN"])
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04nonsense", "an empty zip", "damaged", "NaN"])
 def test_what_is_no_feature_file_is_refused(tmp_path, content):
     reference = folder_of(tmp_path / "reference", range(12))
     path = tmp_path / "features.npz"
@@ -533,6 +590,11 @@ def test_what_is_no_feature_file_is_refused(tmp_path, content):
         np.savez(path, features=features, meta=np.frombuffer(b'{"format": 1}', np.uint8))
     elif content == "an empty zip":
         np.savez(path)
+    elif content == "damaged":
+        np.savez(path, features=np.ones((3, 2)))
+        damaged = bytearray(path.read_bytes())
+        damaged[damaged.rindex(b"PK\x01\x02")] ^= 1  # the central directory
+        path.write_bytes(damaged)
     else:
         path.write_bytes(content)
 

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from medgen import __version__
+from medgen.metrics.protocols import PROTOCOLS
 from medgen.output import atomic_write_text, git_revision, prepare_output_dir
 from medgen.report.measure import measure
 from medgen.report.measurements import Measurements, finite
@@ -23,6 +26,7 @@ from medgen.report.page import features_file, render
 
 __all__ = ["make_report"]
 
+FORMAT = "medgen report 1"
 LIBRARIES = ("torch", "monai", "numpy", "scipy", "SimpleITK", "PyWavelets", "piq")
 
 
@@ -53,7 +57,7 @@ def make_report(
     Raises:
         UserError: as there; or the folder cannot be written to.
     """
-    folder = prepare_output_dir(output_dir)
+    folder, command = prepare_output_dir(output_dir), _without_secret(command)
     found = measure(samples, reference, **options)
     heading = title or f"{Path(samples).name} against {Path(reference).name}"
     versions = {"medgen": __version__, **{name: version(name) for name in LIBRARIES}}
@@ -63,7 +67,14 @@ def make_report(
         "metrics.json": json.dumps(found.figures(), indent=4, allow_nan=False) + "\n",
         **_tables(found),
     }
-    details = {"title": heading, "created": created, "versions": versions, "command": command, **_details(found)}
+    details = {
+        "format": FORMAT,
+        "title": heading,
+        "created": created,
+        "versions": versions,
+        "command": command,
+        **_details(found),
+    }
     details["files"] = [*texts, "report.json"]
     texts["report.json"] = json.dumps(_plain(details), indent=2, allow_nan=False) + "\n"
     _remove_earlier(folder)
@@ -75,12 +86,19 @@ def make_report(
 def _remove_earlier(folder: Path) -> None:
     """What an earlier report left: a table of other samples beside a new page would be taken for its own."""
     try:
-        files = json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"]
-        names = [name for name in files if Path(name).name == name]
+        earlier = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        written = set(earlier["files"]) if earlier["format"] == FORMAT else set()
     except (OSError, ValueError, KeyError, TypeError):
         return  # none, or none of ours
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+    own = {"paired.csv", "copies.csv", *(features_file(protocol) for protocol in PROTOCOLS)}
+    for name in own & written:
+        with suppress(OSError):
+            (folder / name).unlink()
+
+
+def _without_secret(command: str) -> str:
+    """The command line without the password that a tracking address may hold: the page is there to be passed on."""
+    return re.sub(r"//[^/@\s]+@", "//***@", command)
 
 
 def _details(found: Measurements) -> dict[str, Any]:

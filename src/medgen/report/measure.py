@@ -146,7 +146,15 @@ def measure(
         raise UserError(f"samples_split belongs to a datalist, but {samples} is none; leave it out")
     judged = _open(samples, "samples", **shared, **of_samples)
     real = _open(reference, "reference", **shared, **(of_datalist if _is_datalist(reference) else of_folder))
-    if training is None and _is_datalist(reference) and split != "training" and _has_split(reference, "training"):
+    if training is not None and not isinstance(judged, ImageSet):
+        raise UserError(
+            f"copies are searched for in images, but the samples are features; leave --training out or give "
+            f"the images instead of {samples}"
+        )
+    without_search = ""
+    if not isinstance(judged, ImageSet):
+        without_search = "No search for copies of training images: the samples are given as features."
+    elif training is None and _is_datalist(reference) and split != "training" and _has_split(reference, "training"):
         training = reference
     trained = None
     if training is not None:
@@ -177,7 +185,7 @@ def measure(
     if "samples" in images:
         for other in images.values():
             judged.check_comparable(other)
-    notes = _set_notes(images)
+    notes = _set_notes(images) + ([without_search] if without_search else [])
 
     features: dict[str, dict[str, Any]] = {}
     for name in rows:
@@ -261,11 +269,12 @@ def _open(source: str | os.PathLike, role: str, **options: Any) -> Source:
         return ImageSet.from_source(path, name=f"{role} {path.name}{split}", **options)
     if not path.is_file():
         raise UserError(f"expected a feature file of the {role}, got {path}, which does not exist")
-    if zipfile.is_zipfile(path):
+    try:
         with zipfile.ZipFile(path) as file:
-            if "scatter.npy" in file.namelist():
-                return FeatureMoments.load(path)
-    return FeatureSet.load(path)
+            is_moments = "scatter.npy" in file.namelist()
+    except (zipfile.BadZipFile, OSError):
+        is_moments = False  # a message for people is the loader's
+    return FeatureMoments.load(path) if is_moments else FeatureSet.load(path)
 
 
 def _is_datalist(source: str | os.PathLike) -> bool:
@@ -436,9 +445,9 @@ def _distance(row: Protocol, judged: Any, real: Any, resamples: int | None, seed
     # The normalisation is held fixed in the resamples. Halves have one of their own: each is a comparison like the
     # whole one, of fewer images.
     frechet = bootstrap_interval(*normalised, resamples=resamples, seed=seed, log=log, **patients)
-    equal, baseline = _halves(x, y, as_compared(frechet_distance), patients, seed, log=log)
+    equal, baseline, why_not = _halves(x, y, as_compared(frechet_distance), patients, seed, log=log)
     if baseline is None:
-        notes.append(f"{title}: no real-against-real baseline, as the reference is too small to be halved.")
+        notes.append(f"{title}: no real-against-real baseline: {why_not}.")
     if note := small_sample_note(min(len(x), len(y)), normalised[0].shape[1]):
         notes.append(f"{title}: {note}.")
     if not math.isfinite(frechet.value):
@@ -455,7 +464,11 @@ def _distance(row: Protocol, judged: Any, real: Any, resamples: int | None, seed
     patients = {"reference_patients": few_x[1], "sample_patients": few_y[1]}
     thin = as_neighbours(_both)(few_x[0], few_y[0])
     kernel = bootstrap_interval(*thin, kernel_distance, seed=seed, **patients)
-    kernel_halves = _halves(few_x[0], few_y[0], as_neighbours(kernel_distance), patients, seed, by_patient=True)
+    *kernel_halves, why_not = _halves(
+        few_x[0], few_y[0], as_neighbours(kernel_distance), patients, seed, by_patient=True
+    )
+    if kernel_halves[0] is None:
+        notes.append(f"{title}: no baseline of the kernel distance: {why_not}.")
     prdc = {}
     try:
         prdc = prdc_intervals(*thin, NEAREST_K, real_patients=few_x[1], fake_patients=few_y[1], seed=seed)
@@ -514,41 +527,65 @@ def _halves(
     seed: int,
     by_patient: bool = False,
     log: bool = False,
-) -> tuple[Baseline | None, Baseline | None]:
+) -> tuple[Baseline | None, Baseline | None, str]:
     """A statistic between halves of the reference and as many samples, and between halves of the reference.
 
-    Of a reference more than twice as large as the samples a part is halved: else the two would not be of equal n.
+    Each repeat takes of a reference with known patients one image a patient where the samples' are not known (images
+    of one patient resemble each other, so that halves of them would be worse than as many independent samples), and of
+    one more than twice as large as the samples a random part: else the two figures would not be comparable.
+
+    Returns:
+        Both, and why not, where they are None.
     """
-    of_reference = patients["reference_patients"]
-    if len(x) > 2 * len(y):
-        chosen = _some_patients(of_reference, len(x), 2 * len(y), seed)
-        x, of_reference = x[chosen], None if of_reference is None else [of_reference[i] for i in chosen]
-        patients = {**patients, "reference_patients": of_reference}
-    if len(set(of_reference or range(len(x)))) < FEWEST_FOR_HALVES:
-        return None, None
-    options = {"repeats": REPEATS, "seed": seed, "by_patient": by_patient}
-    try:
-        found = (
-            matched_distance(x, y, statistic, **patients, **options),
-            real_baseline(x, of_reference, statistic, **options),
-        )
-    except UserError:  # halves of a few images that are all alike
-        return None, None
-    return tuple(_log(of) for of in found) if log else found
+    known, of_samples = patients["reference_patients"], patients["sample_patients"]
+    equal: list[Baseline] = []
+    real: list[Baseline] = []
+    reason = ""
+    for repeat in range(REPEATS):
+        rng = np.random.default_rng([seed, repeat])
+        chosen, of_reference = np.arange(len(x)), known
+        if known is not None and of_samples is None:
+            shuffled = rng.permutation(len(x))
+            chosen = shuffled[np.unique(np.asarray(known, dtype=str)[shuffled], return_index=True)[1]]
+            of_reference = None
+        if len(chosen) > 2 * len(y):
+            part = _some_patients(of_reference, len(chosen), 2 * len(y), rng)
+            chosen = chosen[part]
+            of_reference = None if of_reference is None else [of_reference[i] for i in part]
+        if len(set(of_reference or range(len(chosen)))) < FEWEST_FOR_HALVES:
+            return None, None, f"the reference needs at least {FEWEST_FOR_HALVES} patients to be halved"
+        options = {"repeats": 1, "seed": seed + repeat, "by_patient": by_patient}
+        both = {"reference_patients": of_reference, "sample_patients": of_samples}
+        try:
+            pair = (
+                matched_distance(x[chosen], y, statistic, **both, **options),
+                real_baseline(x[chosen], of_reference, statistic, **options),
+            )
+        except UserError as error:
+            reason = str(error)
+            continue
+        equal.append(pair[0])
+        real.append(pair[1])
+    if not equal:
+        return None, None, reason
+    return _joined(equal, log), _joined(real, log), ""
 
 
-def _some_patients(patients: Sequence[str] | None, n: int, most: int, seed: int) -> np.ndarray:
+def _joined(parts: Sequence[Baseline], log: bool) -> Baseline:
+    values = [value for part in parts for value in part.values]
+    if log:
+        values = [math.log(value) if value > 0 else -math.inf for value in values]
+    halves = tuple(half for part in parts for half in part.halves)
+    return Baseline(float(np.mean(values)), min(values), max(values), tuple(values), halves, parts[0].n_patients)
+
+
+def _some_patients(patients: Sequence[str] | None, n: int, most: int, rng: np.random.Generator) -> np.ndarray:
     """Indices of about ``most`` of n images, those of a patient together."""
     codes = np.arange(n) if patients is None else np.unique(np.asarray(patients, dtype=str), return_inverse=True)[1]
     sizes = np.bincount(codes)
-    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = rng.permutation(len(sizes))
     taken = order[: max(FEWEST_FOR_HALVES, int(np.searchsorted(np.cumsum(sizes[order]), most, side="right")))]
     return np.flatnonzero(np.isin(codes, taken))
-
-
-def _log(baseline: Baseline) -> Baseline:
-    values = tuple(math.log(value) if value > 0 else -math.inf for value in baseline.values)
-    return Baseline(float(np.mean(values)), min(values), max(values), values, baseline.halves, baseline.n_patients)
 
 
 def _distance_of_moments(
@@ -572,17 +609,10 @@ def _distance_of_moments(
         )
         by_patient = (False, judged.patients is not None)
         notes.append(f"{title}: the interval holds the reference fixed, which is given by its moments alone.")
-    baseline = None
-    if isinstance(real, FeatureSet) and len(set(real.patients or range(len(real)))) >= FEWEST_FOR_HALVES:
-        baseline = real_baseline(np.asarray(real.features), real.patients, repeats=REPEATS, seed=seed)
-        notes.append(f"{title}: the baseline has half of the images, and the samples' moments cannot be halved.")
-    else:
-        notes.append(f"{title}: no real-against-real baseline, as moments cannot be halved.")
+    notes.append(f"{title}: no real-against-real baseline, as moments cannot be halved.")
     if note := small_sample_note(min(of.n for of in moments), moments[0].dim):
         notes.append(f"{title}: {note}.")
-    return Distance(
-        row.name, title, frechet, None, baseline, None, None, None, {}, moments[0].dim, by_patient, row.invalid
-    )
+    return Distance(row.name, title, frechet, None, None, None, None, None, {}, moments[0].dim, by_patient, row.invalid)
 
 
 def _thinned(
