@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -10,6 +11,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
+import numpy as np
 import pytest
 
 from medgen import output
@@ -19,6 +21,7 @@ from medgen.output import (
     atomic_write_text,
     disable_usage_reports,
     git_revision,
+    plain_json,
     prepare_output_dir,
     run_name,
 )
@@ -132,3 +135,20 @@ def test_mlflow_does_not_report_usage_unless_the_environment_allows_it(monkeypat
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
     disable_usage_reports()
     assert not telemetry.is_telemetry_disabled()
+
+
+def test_plain_json_holds_what_json_knows():
+    value = {
+        1: (np.float32(0.5), np.nan, -np.inf),
+        "array": np.array([[1, 2], [3, 4]]),
+        "numbers": [np.int64(7), True, None, "text", math.inf],
+        "none": np.array([np.nan, 1.0]),
+    }
+
+    assert plain_json(value) == {
+        "1": [0.5, None, None],
+        "array": [[1, 2], [3, 4]],
+        "numbers": [7, True, None, "text", None],
+        "none": [None, 1.0],
+    }
+    json.dumps(plain_json(value), allow_nan=False)

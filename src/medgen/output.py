@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "atomic_write_text",
     "disable_usage_reports",
     "git_revision",
+    "plain_json",
     "prepare_output_dir",
     "run_name",
     "unique_name",
@@ -62,6 +64,17 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic_file(path, "w") as file:
         file.write(text)
+
+
+def plain_json(value: Any) -> Any:
+    """What JSON can hold: tuples, sets and arrays as lists, NumPy's numbers as Python's, infinity and NaN as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(entry) for key, entry in value.items()}
+    if hasattr(value, "tolist"):  # an array or number of NumPy, which this module need not import
+        return plain_json(value.tolist())
+    if isinstance(value, list | tuple | set):
+        return [plain_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def prepare_output_dir(output_dir: str | Path, resume: bool = True) -> Path:

@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +38,7 @@ __all__ = [
 COUNTER = "num_batches_tracked"
 
 
-class NetworkFeatures:
+class NetworkFeatures(ABC):
     """Features by a network; a subclass says which and how its weights are read.
 
     Attributes:
@@ -84,9 +85,9 @@ class NetworkFeatures:
         self.settings: dict[str, Any] = {**self.protocol.settings, "weights_sha256": fingerprint}
         self.network = network.to(self.device).eval()
 
+    @abstractmethod
     def build(self, weights: str | os.PathLike | None) -> tuple[nn.Module, str]:
         """The network with its weights, and their SHA-256."""
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (B, D) of prepared images ``x`` (B, C, H, W)."""

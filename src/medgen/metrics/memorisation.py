@@ -32,7 +32,9 @@ from PIL import Image
 from scipy import fft, optimize, stats
 from scipy.ndimage import gaussian_filter
 
+from medgen.data.image_set import LUMA
 from medgen.errors import UserError
+from medgen.output import plain_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,7 +202,7 @@ class FeatureAudit:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: plain numbers, strings, lists and None."""
-        return _plain(asdict(self) | {"calibration": _plain_calibration(self.calibration)})
+        return plain_json(asdict(self) | {"calibration": _plain_calibration(self.calibration)})
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ class MemorisationAudit:
             "features": None if self.features is None else self.features.to_dict(),
             "matches": [asdict(match) for match in self.matches],
         }
-        return _plain(out)
+        return plain_json(out)
 
 
 def audit_memorisation(
@@ -672,7 +674,7 @@ def _luminance(image: np.ndarray, name: str, i: int) -> np.ndarray:
         raise UserError(f"{name}[{i}] must be in [0, 1], got {low:.3g} to {high:.3g}; scale the images")
     if image.shape[0] == 1:
         return image[0]
-    return np.tensordot(np.array([0.299, 0.587, 0.114], np.float32), image, 1)  # ITU-R BT.601, as PIL's mode L
+    return np.tensordot(LUMA, image, 1)
 
 
 def _resized(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -1210,17 +1212,6 @@ def _progress(items: Any, label: str, shown: bool) -> Any:
 
 def _plain_calibration(calibration: Calibration) -> dict[str, Any]:
     return asdict(calibration) | {"n": calibration.n}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples to lists and NaN to None: JSON knows neither."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_settings(max_shift: float, candidates: int, alpha: float, level: float, max_calibration: int) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -15,13 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medgen import __version__
 from medgen.metrics.protocols import PROTOCOLS
-from medgen.output import atomic_write_text, git_revision, prepare_output_dir
+from medgen.output import atomic_write_text, git_revision, plain_json, prepare_output_dir
 from medgen.report.measure import measure
-from medgen.report.measurements import Measurements, finite
+from medgen.report.measurements import Measurements
 from medgen.report.page import features_file, render
 
 __all__ = ["make_report"]
@@ -76,7 +74,7 @@ def make_report(
         **_details(found),
     }
     details["files"] = [*texts, "report.json"]
-    texts["report.json"] = json.dumps(_plain(details), indent=2, allow_nan=False) + "\n"
+    texts["report.json"] = json.dumps(plain_json(details), indent=2, allow_nan=False) + "\n"
     _remove_earlier(folder)
     for name, text in texts.items():
         atomic_write_text(folder / name, text)
@@ -128,17 +126,6 @@ def _details(found: Measurements) -> dict[str, Any]:
         "paired": None if found.paired is None else {k: asdict(v) for k, v in found.paired.summary.items()},
         "memorisation": None if found.memorisation is None else found.memorisation.to_dict(),
     }
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: NumPy's numbers as Python's, infinity and NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | np.ndarray):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return finite(value)
 
 
 def _tables(found: Measurements) -> dict[str, str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from medgen.data.image_set import ImageSet
 from medgen.metrics.intervals import Baseline, Estimate
-from medgen.output import git_revision
+from medgen.output import git_revision, plain_json
 
-__all__ = ["Distance", "Measurements", "finite"]
+__all__ = ["Distance", "Measurements"]
 
 # name in metrics.json, where it is not the protocol's
 SHORT = {"frd_v1": "frd", "radiomics": "frd_full", "xrv": "fd_xrv", "xrv_ldm_source": "fd_xrv_ldm_source"}
@@ -148,7 +148,7 @@ class Measurements:
             flat["n"] = self.distances[0].frechet.n_samples
         elif self.samples is not None:
             flat["n"] = len(self.samples)
-        return {**{key: finite(value) for key, value in flat.items()}, "seed": self.seed, "git": git_revision()}
+        return plain_json({**flat, "seed": self.seed, "git": git_revision()})
 
     def lines(self) -> list[str]:
         """The headline numbers for a terminal: each with its interval, its baseline and n."""
@@ -173,11 +173,6 @@ class Measurements:
 def _plain_name(protocol: str) -> str:
     """``module:/some/where/net.ts`` and ``module:package.nets:Net`` as ``net`` and ``Net``; others as they are."""
     return re.sub(r"\W+", "_", PurePath(protocol.split(":")[-1]).stem)
-
-
-def finite(value: Any) -> Any:
-    """None in the place of infinity and NaN, which JSON does not know."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _share(audit: Any) -> Estimate:
