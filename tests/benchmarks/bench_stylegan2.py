@@ -51,7 +51,7 @@ def training_steps() -> tuple[Callable[[], None], Callable[[], None]]:
     def g_step() -> None:
         discriminator.requires_grad_(False)
         g_optimizer.zero_grad()
-        fake = generator(torch.randn(TRAIN_BATCH, generator.latent_dim))
+        fake = generator(torch.randn(TRAIN_BATCH, generator.latent_dim), noise="random")
         F.softplus(-discriminator(fake)).mean().backward()
         g_optimizer.step()
         discriminator.requires_grad_(True)
@@ -59,7 +59,7 @@ def training_steps() -> tuple[Callable[[], None], Callable[[], None]]:
     def d_step() -> None:
         d_optimizer.zero_grad()
         with torch.no_grad():
-            fake = generator(torch.randn(TRAIN_BATCH, generator.latent_dim))
+            fake = generator(torch.randn(TRAIN_BATCH, generator.latent_dim), noise="random")
         F.softplus(discriminator(fake)).mean().backward()
         F.softplus(-discriminator(real)).mean().backward()
         d_optimizer.step()

@@ -60,3 +60,10 @@ def test_images_seen_counts_what_was_handed_out_not_what_was_prefetched():
 def test_split_smaller_than_a_batch_is_refused():
     with pytest.raises(UserError, match=r"takes 4 images .*holds 3; lower --batch_size"):
         ResumableDataLoader(Dataset(items(3)), batch_size=4)
+
+
+def test_epoch_can_be_a_number_of_images_longer_or_shorter_than_the_dataset():
+    assert len(ResumableDataLoader(Dataset(items(10)), batch_size=2, epoch_images=31)) == 15
+    assert len(ResumableDataLoader(Dataset(items(10)), batch_size=2, epoch_images=4)) == 2
+    with pytest.raises(UserError, match=r"the 4 images of a step, got 3; raise --tick_images"):
+        ResumableDataLoader(Dataset(items(10)), batch_size=4, epoch_images=3)

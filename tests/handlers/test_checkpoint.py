@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 
 import pytest
@@ -217,3 +219,20 @@ def test_weights_that_cannot_be_used_are_refused_in_one_line(content, message, t
     WeightsLoader(nn.Linear(3, 1), path).attach(engine)
     with pytest.raises(UserError, match=message):
         engine.run([0])
+
+
+def test_record_says_which_weights_the_best_file_holds(tmp_path):
+    network, path, seen = nn.Linear(1, 1), tmp_path / "model.pt", [100]
+    saver = BestModelSaver(network, path, record=tmp_path / "best.json", position=lambda: {"images_seen": seen[0]})
+    evaluation(saver, 0.5)
+    seen[0] = 200
+    evaluation(saver, 0.6)
+    record = json.loads((tmp_path / "best.json").read_text())
+    assert record == {
+        "metric": "l1",
+        "value": 0.5,
+        "epoch": 1,
+        "images_seen": 100,
+        "model": str(path),
+        "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 import torch
 from ignite.engine import Engine, Events
 from PIL import Image
 
-from medgen.handlers import MetricsJSON, ReconstructionGrid, save_grid, scalars
+from medgen.handlers import MetricsJSON, ReconstructionGrid, SampleGrid, save_grid, scalars
+from medgen.networks import StyleGAN2Generator
 
 
 def test_grid_shows_rows_below_each_other_and_images_upright(tmp_path):
@@ -40,6 +42,24 @@ def test_reconstruction_grid_takes_the_first_images_and_shows_their_difference(t
     assert pixels.shape == (3 * 3 + 2 * 2, 2 * 3 + 2)
     assert [pixels[1, 1], pixels[6, 1], pixels[11, 1]] == [51, 76, 102]
     assert pixels[1, 6] == 128
+
+
+@pytest.mark.parametrize("num_classes", [0, 2])
+def test_sample_grid_shows_the_same_latents_below_real_images(num_classes, tmp_path):
+    network = StyleGAN2Generator(16, num_classes=num_classes, latent_dim=4, w_dim=4, channel_base=32, channel_max=4)
+    engine = Engine(lambda *_: [{"image": torch.full((2, 1, 16, 16), 0.5)}])
+    engine.images_seen = 0
+    engine.state.device = "cpu"
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda: setattr(engine, "images_seen", engine.images_seen + 10))
+    SampleGrid(network.eval(), tmp_path, interval=2, rows=2, columns=3).attach(engine)
+    engine.run([0], max_epochs=5)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [f"samples_0000000{n}.png" for n in (20, 40, 50)]
+    pictures = [np.asarray(Image.open(file)) for file in sorted(tmp_path.iterdir())]
+    assert pictures[0].shape == (3 * 18 - 2, 3 * 18 - 2)
+    assert (pictures[0][:16, :34:18] == 191).all()  # 0.5 of [-1, 1]
+    assert (pictures[0][:16, 36:] == 0).all()  # a batch of two leaves the third place black
+    assert pictures[0][18:].std() > 10
+    assert (pictures[0] == pictures[2]).all()
 
 
 def test_metrics_json_is_one_flat_object_with_n_git_and_extras(tmp_path):

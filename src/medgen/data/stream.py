@@ -65,20 +65,35 @@ class ResumableDataLoader(DataLoader):
         batch_size: images per rank and step.
         seed: seed of order and augmentation.
         num_workers: worker processes.
+        epoch_images: images of an epoch, rounded down to whole steps, where epochs only say how often to validate, as
+            in the training of GANs. Default: the dataset's.
         kwargs: passed on to :class:`monai.data.DataLoader`.
 
     Raises:
-        UserError: the dataset holds fewer images than one step takes.
+        UserError: the dataset, or an epoch, holds fewer images than one step takes.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int = 1, seed: int = 0, num_workers: int = 0, **kwargs: Any):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        epoch_images: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         rank, world_size = idist.get_rank(), idist.get_world_size()
         self.global_batch_size = batch_size * world_size
-        self.epoch_length = len(dataset) // self.global_batch_size
-        if self.epoch_length == 0:
+        if len(dataset) < self.global_batch_size:
             raise UserError(
                 f"a training step takes {self.global_batch_size} images (batch_size {batch_size} × {world_size} "
                 f"processes), the training split holds {len(dataset)}; lower --batch_size"
+            )
+        self.epoch_length = (len(dataset) if epoch_images is None else epoch_images) // self.global_batch_size
+        if self.epoch_length == 0:
+            raise UserError(
+                f"an epoch must hold at least the {self.global_batch_size} images of a step, got {epoch_images}; raise "
+                "--tick_images or --max_images"
             )
         self.images_seen = 0
         super().__init__(
@@ -90,7 +105,7 @@ class ResumableDataLoader(DataLoader):
         )
 
     def __len__(self) -> int:
-        """Steps in an epoch: whole batches in the dataset."""
+        """Steps in an epoch: whole batches in the dataset, or in ``epoch_images``."""
         return self.epoch_length
 
     def __iter__(self) -> Iterator[Any]:

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from medgen.engines.autoencoder import AutoencoderKLTrainer
+from medgen.engines.stylegan2 import STYLEGAN2_TRAINING, StyleGAN2Trainer, exponential_moving_copy, stylegan2_setting
 from medgen.engines.trainer import GenerativeTrainer
 
-__all__ = ["AutoencoderKLTrainer", "GenerativeTrainer"]
+__all__ = [
+    "STYLEGAN2_TRAINING",
+    "AutoencoderKLTrainer",
+    "GenerativeTrainer",
+    "StyleGAN2Trainer",
+    "exponential_moving_copy",
+    "stylegan2_setting",
+]

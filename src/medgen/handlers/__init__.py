@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from medgen.handlers.checkpoint import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
 from medgen.handlers.metrics import MetricsJSON
-from medgen.handlers.pictures import ReconstructionGrid, save_grid
+from medgen.handlers.pictures import ReconstructionGrid, SampleGrid, save_grid
 from medgen.handlers.progress import TrainingProgress, scalars
 from medgen.handlers.validation import ValidationAtIntervals
 
@@ -12,6 +12,7 @@ __all__ = [
     "BestModelSaver",
     "MetricsJSON",
     "ReconstructionGrid",
+    "SampleGrid",
     "TrainingCheckpoint",
     "TrainingProgress",
     "ValidationAtIntervals",

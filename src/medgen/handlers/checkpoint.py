@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import math
 import os
@@ -15,8 +15,10 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from medgen.data.image_set import file_sha256
 from medgen.engines.trainer import GenerativeTrainer, unwrap
 from medgen.errors import UserError
+from medgen.output import atomic_write_text
 from medgen.weights import check_same_shapes, read_state_dict
 
 __all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save"]
@@ -162,12 +164,20 @@ class BestModelSaver:
         network: network to save; the network inside DistributedDataParallel is taken.
         path: file of the state dict, for example the bundle's ``models/model.pt``.
         is_better: (new, best so far) -> whether to save.
+        record: JSON file that says which weights ``path`` holds: metric, value, epoch, ``position`` and checksum.
+        position: more entries of that file, asked for when it is written, such as the images seen.
     """
 
     def __init__(
-        self, network: nn.Module, path: str | Path, is_better: Callable[[float, float], bool] | None = None
+        self,
+        network: nn.Module,
+        path: str | Path,
+        is_better: Callable[[float, float], bool] | None = None,
+        record: str | Path | None = None,
+        position: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self.network, self.path = network, Path(path)
+        self.record, self.position = record, position or dict
         self.is_better = is_better or (lambda new, best: new < best)
         self.best: float | None = None
 
@@ -191,6 +201,10 @@ class BestModelSaver:
             os.replace(self.path, before)
             logger.warning(f"{self.path} was there before this training; kept as {before}")
         atomic_save({k: v.cpu() for k, v in unwrap(self.network).state_dict().items()}, self.path)
+        if self.record is not None:
+            about = {"metric": name, "value": value, "epoch": engine.state.epoch, **self.position()}
+            about |= {"model": str(self.path), "model_sha256": file_sha256(self.path)}
+            atomic_write_text(self.record, json.dumps(about, indent=4) + "\n")
         logger.info(f"epoch {engine.state.epoch}: {name} {value:.5f}, the best so far, saved to {self.path}")
 
     def state_dict(self) -> dict[str, float | None]:
@@ -231,6 +245,5 @@ class WeightsLoader:
         network = unwrap(self.network)
         check_same_shapes(str(self.path), network.state_dict(), state)
         network.load_state_dict(state)
-        with open(self.path, "rb") as file:
-            engine.state.model_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        engine.state.model_sha256 = file_sha256(self.path)
         logger.info(f"weights from {self.path}")

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from PIL import Image
+from torch import nn
 
-__all__ = ["ReconstructionGrid", "save_grid"]
+__all__ = ["ReconstructionGrid", "SampleGrid", "save_grid"]
 
 
 def save_grid(rows: Sequence[torch.Tensor], path: str | Path, gap: int = 2) -> None:
@@ -70,3 +71,59 @@ class ReconstructionGrid:
         image, pred = torch.stack(self._images), torch.stack(self._reconstructions).float()
         path = self.folder / f"{self.name.format(epoch=engine.state.epoch)}.png"
         save_grid([image, pred, 4 * (image - pred).abs()], path)
+
+
+class SampleGrid:
+    """Writes what a generator makes of the same latents all through a training, below a row of training images.
+
+    Attach it to a trainer whose output has ``image`` in [-1, 1]. Written every ``interval`` epochs and after the last.
+
+    Args:
+        network: ``network(z, labels=...)`` gives images in [-1, 1]: the moving average.
+        folder: where the PNGs go.
+        interval: epochs between pictures.
+        name: file name without suffix; ``{images}``, the images seen so far, is replaced.
+        rows: of generated images; with classes, classes take turns.
+        columns: images in a row.
+        seed: of the latents.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        folder: str | Path,
+        interval: int = 1,
+        name: str = "samples_{images:09d}",
+        rows: int = 4,
+        columns: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.network, self.folder, self.interval, self.name = network, Path(folder), interval, name
+        self.rows, self.columns, self.seed = rows, columns, seed
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer."""
+
+        def is_due(engine: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=is_due), self)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        """Write the picture."""
+        if idist.get_rank() > 0:
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        device = engine.state.device
+        real = engine.state.output[0]["image"][: self.columns].float().cpu()
+        if len(real) < self.columns:  # a small batch: black places
+            real = torch.cat([real, real.new_full((self.columns - len(real), *real.shape[1:]), -1)])
+        rows = [real]
+        for row in range(self.rows):
+            z = torch.randn(self.columns, self.network.latent_dim, generator=generator).to(device)
+            labels = None
+            if self.network.num_classes:
+                labels = (row * self.columns + torch.arange(self.columns, device=device)) % self.network.num_classes
+            rows.append(self.network(z, labels=labels).float().cpu())
+        save_grid([row / 2 + 0.5 for row in rows], self.folder / f"{self.name.format(images=engine.images_seen)}.png")

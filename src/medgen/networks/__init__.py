@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from medgen.networks.autoencoder_kl import KLAutoencoder, PosteriorReconstruction
-from medgen.networks.stylegan2 import STYLEGAN2_PRESETS, StyleGAN2Discriminator, StyleGAN2Generator
+from medgen.networks.stylegan2 import (
+    STYLEGAN2_PRESETS,
+    StyleGAN2Discriminator,
+    StyleGAN2Generator,
+    transfer_stylegan2,
+)
 
 __all__ = [
     "STYLEGAN2_PRESETS",
@@ -11,4 +16,5 @@ __all__ = [
     "PosteriorReconstruction",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
+    "transfer_stylegan2",
 ]

@@ -13,8 +13,11 @@ Legend of the shape suffixes:
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from medgen.errors import UserError
+from medgen.weights import read_state_dict
 
-__all__ = ["STYLEGAN2_PRESETS", "StyleGAN2Discriminator", "StyleGAN2Generator"]
+__all__ = ["STYLEGAN2_PRESETS", "StyleGAN2Discriminator", "StyleGAN2Generator", "transfer_stylegan2"]
 
 RESAMPLE_TAPS = (1.0, 3.0, 3.0, 1.0)  # binomial filter of every up- and downsampling
 LEAK = 0.2  # negative slope of every leaky ReLU
@@ -50,6 +54,7 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "anomaly_source": ( 512, 32768, 512, 512, 512,   8,   0,  None),  # Woodland et al.: cfg stylegan2, fp32, 512
     "small_64":       (  64,  4096,  64, 128, 128,   2,   0,  None),  # two CPU cores
     "small_32":       (  32,  2048,  64, 128, 128,   2,   0,  None),
+    "demo_64":        (  64,  2048,  32, 512, 128,   2,   0,  None),  # minutes; Z as in the large ones
 }  # fmt: skip
 STYLEGAN2_PRESETS: dict[str, dict[str, Any]] = {
     name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()
@@ -489,14 +494,14 @@ class SynthesisNetwork(nn.Module):
                 )
         return list(noise)
 
-    def forward(self, ws: torch.Tensor, noise: str | Sequence[torch.Tensor] = "random") -> torch.Tensor:
+    def forward(self, ws: torch.Tensor, noise: str | Sequence[torch.Tensor] = "const") -> torch.Tensor:
         """Images of w or W+.
 
         Args:
             ws: (B, W), one style for all layers, or W+ (B, L, W) with ``L = num_ws``.
-            noise: "random" draws anew from torch's generator, "const" takes the maps stored with the weights, "none"
-                leaves noise out; or the maps themselves, in the order and sizes of ``noise_sizes``, each (H, W) or
-                (B, 1, H, W).
+            noise: "const" takes the maps stored with the weights, "random" draws anew from torch's generator (as
+                training does), "none" leaves noise out; or the maps themselves, in the order and sizes of
+                ``noise_sizes``, each (H, W) or (B, 1, H, W).
 
         Returns:
             images (B, C, H, W), nominally in [-1, 1] and not clipped.
@@ -637,7 +642,7 @@ class StyleGAN2Generator(nn.Module):
         labels: torch.Tensor | None = None,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
-        noise: str | Sequence[torch.Tensor] = "random",
+        noise: str | Sequence[torch.Tensor] = "const",
     ) -> torch.Tensor:
         """Images of latents; arguments are those of :meth:`mapping` and of :class:`SynthesisNetwork`.
 
@@ -874,3 +879,72 @@ class StyleGAN2Discriminator(nn.Module):
             return logits
         projection = self.mapping_network(None, classes_BK)
         return (logits * projection).sum(1, keepdim=True) / math.sqrt(projection.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transfer
+
+
+def transfer_stylegan2(
+    network: StyleGAN2Generator | StyleGAN2Discriminator, path: str | os.PathLike | None
+) -> StyleGAN2Generator | StyleGAN2Discriminator:
+    """Start from a trained network: take over every weight that has a place in this one.
+
+    The networks may differ in resolution (blocks are matched by their size), in classes, and in the channels of the
+    image: colour to grey sums what the discriminator's first layer does to the three equal channels of a grey image,
+    and averages what the generator's ``to_image`` layers make of them; grey to colour repeats. What has no place is
+    logged, and keeps its random start.
+
+    Args:
+        network: to be filled, in place.
+        path: state dict of a generator or of a discriminator, such as ``medgen convert`` writes; None changes nothing.
+
+    Returns:
+        The network.
+
+    Raises:
+        UserError: the file cannot be read, holds the other kind of network, or one of which less than half of the
+            numbers fit.
+    """
+    if path is None:
+        return network
+    given = read_state_dict(path)
+    own = network.state_dict()
+    offset = 0
+    if isinstance(network, StyleGAN2Discriminator):  # its blocks count from the image: match them from the base
+        offset = _depth(own) - _depth(given)
+    taken: dict[str, torch.Tensor] = {}
+    for name, value in given.items():
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if match and offset:
+            name = f"blocks.{int(match[1]) + offset}.{match[2]}"
+        if name in own:
+            value = _image_channels(name, value, own[name].shape)
+            if value.shape == own[name].shape:
+                taken[name] = value
+    share = sum(value.numel() for value in taken.values()) / sum(value.numel() for value in own.values())
+    if share < 0.5:
+        raise UserError(
+            f"{path} fits only {share:.0%} of the {type(network).__name__}'s numbers; transfer from a network of the "
+            "same preset, or from one that differs in resolution, classes or image channels alone"
+        )
+    network.load_state_dict(taken, strict=False)
+    left = [name for name in own if name not in taken]
+    told = f"; random start for {', '.join(left)}" if left else ""
+    logging.getLogger(__name__).info(f"{type(network).__name__}: {share:.1%} of the numbers from {path}{told}")
+    return network
+
+
+def _depth(state: Mapping[str, torch.Tensor]) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
+def _image_channels(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A weight or bias next to the image, for 1 channel where it has 3 and for 3 where it has 1."""
+    if ".from_image.weight" in name and {value.shape[1], shape[1]} == {1, 3}:
+        # the equalised layer divides by the root of the channels: kept, so that a grey image gives what it gave
+        return value.sum(1, keepdim=True) / math.sqrt(3) if shape[1] == 1 else value.repeat(1, 3, 1, 1) / math.sqrt(3)
+    if ".to_image." in name and not name.endswith(("affine.weight", "affine.bias")):
+        if {value.shape[0], shape[0]} == {1, 3}:
+            return value.mean(0, keepdim=True) if shape[0] == 1 else value.repeat(3, *[1] * (value.ndim - 1))
+    return value

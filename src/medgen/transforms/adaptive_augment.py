@@ -19,7 +19,7 @@ from torch import nn
 
 from medgen.errors import UserError
 
-__all__ = ["AUGMENT_PRESETS", "AdaptiveAugment", "AugmentController"]
+__all__ = ["AUGMENT_PRESETS", "RISE_IMAGES", "RISE_IMAGES_TRANSFER", "AdaptiveAugment", "AugmentController"]
 
 TARGET = 0.6  # of r_t; ADA, section 3
 ADJUST_EVERY = 4  # batches; ADA, section 3

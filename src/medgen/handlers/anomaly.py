@@ -1,0 +1,269 @@
+"""The table of anomaly scores, and what it says: localisation and detection."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.handlers import IgniteMetricHandler, MeanAbsoluteError, PeakSignalToNoiseRatio, from_engine
+from monai.utils import convert_to_numpy
+
+from medgen.errors import UserError
+from medgen.metrics.anomaly import Localisation, Patch, localisation_rate
+from medgen.metrics.detection import SHUFFLES
+from medgen.metrics.detection_table import SCORE_COLUMNS, detection_table, write_detection, write_table
+from medgen.metrics.intervals import CHEAP_RESAMPLES
+from medgen.metrics.reconstruction import SCALES, MultiScaleSSIM
+
+__all__ = ["DetectionFigures", "ScoresCSV", "reconstruction_metrics"]
+
+logger = logging.getLogger(__name__)
+
+MEASURES = ("mse", "wd")
+SMALLEST_MS_SSIM = 3 * 2 ** (SCALES - 1)  # pixels: the smallest window on the coarsest scale
+
+
+def reconstruction_metrics(image_size: Sequence[int]) -> dict[str, IgniteMetricHandler]:
+    """PSNR, L1 and, where the image has the 48 pixels it takes, MS-SSIM between ``pred`` and ``image``.
+
+    Args:
+        image_size: height and width.
+
+    Returns:
+        For an evaluator's ``additional_metrics``.
+    """
+    transform = from_engine(["pred", "image"])
+    metrics: dict[str, IgniteMetricHandler] = {
+        "psnr": PeakSignalToNoiseRatio(max_val=1.0, output_transform=transform),
+        "l1": MeanAbsoluteError(output_transform=transform),
+    }
+    if min(image_size) >= SMALLEST_MS_SSIM:
+        metrics["ms_ssim"] = MultiScaleSSIM(min(image_size), output_transform=transform)
+    return metrics
+
+
+@dataclass(frozen=True)
+class _Masks(Sequence):
+    """Masks at a bit a pixel: those of thousands of images stay in memory until the end of the run."""
+
+    packed: tuple[np.ndarray, ...]
+    shapes: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        height, width = self.shapes[number]
+        return np.unpackbits(self.packed[number], count=height * width).reshape(height, width).astype(bool)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[number] for number in range(len(self)))
+
+
+class ScoresCSV:
+    """Writes the scores of a run, a row per image in the order of its items, and adds their means to the metrics.
+
+    Columns: ``image`` (path relative to ``data_root``), ``patient``, ``label`` and ``anomaly`` where any item has them,
+    the fields of :class:`~medgen.metrics.anomaly.AnomalyScores`, ``mse_hit`` and ``wd_hit`` (whether the worst patch
+    holds a pixel of the known anomaly) where any image has a mask, the metrics of the evaluator that are kept by image,
+    and what ``details`` adds. What an image lacks, such as the scores of a body that was not found, is an empty cell.
+
+    ``engine.state.metrics`` gets the mean of each score (where both classes are there also ``<score>_normal`` and
+    ``<score>_anomalous``) and, where masks are known, ``localisation_mse`` with ``_low``, ``_high`` and ``_chance``, and
+    the same for ``wd``.
+
+    Attach it to an evaluator that goes through ``items`` in their order, whose batches hold ``image``, ``scores`` and,
+    where anomalies are known, ``anomaly_mask`` (1, H, W).
+
+    Args:
+        path: the CSV.
+        items: of the datalist, all that are scored.
+        data_root: folder that ``image`` is relative to; empty: paths as they are.
+        details: item -> further columns of its row, such as those of its projection.
+        seed: of the draws for the localisation's intervals.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        items: Sequence[Mapping[str, Any]],
+        data_root: str | PathLike[str] = "",
+        details: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.path, self.items, self.data_root = Path(path), items, str(data_root)
+        self.details, self.seed = details, seed
+        self.rows: list[dict[str, Any]] = []
+        self.found: list[dict[str, float]] = []
+        self.masks: dict[int, np.ndarray] = {}
+        self.shapes: dict[int, tuple[int, int]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Register on an evaluator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+
+    def start(self, engine: Engine) -> None:
+        """Forget the run before."""
+        self.rows, self.found, self.masks, self.shapes = [], [], {}, {}
+
+    def collect(self, engine: Engine) -> None:
+        """Keep the scores of a batch.
+
+        Raises:
+            UserError: the evaluator does not go through the items in their order.
+        """
+        for entry in engine.state.batch:
+            number = len(self.found)
+            source = str(entry["image"].meta["filename_or_obj"])
+            expected = str(self.items[number]["image"]) if number < len(self.items) else "none"
+            if os.path.abspath(source) != os.path.abspath(expected):
+                raise UserError(
+                    f"scores must come in the order of the items, got {source} in the place of {expected}; give the "
+                    "table the items of the dataset, and do not shuffle"
+                )
+            self.found.append(dict(entry["scores"]))
+            mask = entry.get("anomaly_mask")
+            if mask is not None and mask.any():
+                array = convert_to_numpy(mask)[0] > 0
+                self.masks[number], self.shapes[number] = np.packbits(array), array.shape
+
+    def write(self, engine: Engine) -> None:
+        """Write the table and add the means."""
+        located = self._localisation()
+        details = {
+            name: convert_to_numpy(values).reshape(len(values), -1)
+            for name, values in getattr(engine.state, "metric_details", {}).items()
+        }
+        optional = [name for name in ("label", "anomaly") if any(item.get(name) is not None for item in self.items)]
+        hits = {measure: dict(zip(self.masks, found.hits, strict=True)) for measure, found in located.items()}
+        self.rows = []
+        for number, (item, scores) in enumerate(zip(self.items, self.found, strict=True)):
+            row: dict[str, Any] = {"image": self._name(item["image"]), "patient": item.get("patient", "")}
+            row |= {name: item.get(name) for name in optional}
+            row |= {name: None if math.isnan(value) else value for name, value in scores.items()}
+            for measure, of_image in hits.items():
+                row[f"{measure}_hit"] = int(of_image[number][0]) if number in of_image else None
+            row |= {name: float(values[number].mean()) for name, values in details.items()}
+            self.rows.append(row | dict(self.details(item) if self.details else {}))
+        write_table(self.path, self.rows)
+        logger.info(f"{len(self.rows)} images scored -> {self.path}")
+        engine.state.metrics.update(self._means())
+        for measure, found in located.items():
+            rate = found.rate
+            engine.state.metrics |= {
+                f"localisation_{measure}": rate.value,
+                f"localisation_{measure}_low": rate.low,
+                f"localisation_{measure}_high": rate.high,
+                f"localisation_{measure}_chance": found.chance,
+            }
+        without = [name for row in self.rows if row["mse_body"] is None for name in [row["image"]]]
+        if without:
+            logger.warning(
+                f"no body found in {len(without)} of {len(self.rows)} images ({without[0]} is one): their scores of the "
+                "body are empty; look at them, or lower body_threshold"
+            )
+
+    def _name(self, image: str) -> str:
+        path = os.path.relpath(os.path.abspath(image), os.path.abspath(self.data_root)) if self.data_root else image
+        return str(path).replace(os.sep, "/")
+
+    def _localisation(self) -> dict[str, Localisation]:
+        """Per measure, of the images with a mask; empty without any."""
+        expected = [n for n, item in enumerate(self.items) if item.get("anomaly_mask")]
+        lost = [self._name(self.items[n]["image"]) for n in expected if n not in self.masks]
+        if lost:
+            logger.warning(
+                f"the known anomaly of {len(lost)} of {len(expected)} images lies outside the part that was scored or "
+                f"is empty ({lost[0]} is one); they do not count in the localisation rate"
+            )
+        if not self.masks:
+            return {}
+        masks = _Masks(tuple(self.masks.values()), tuple(self.shapes.values()))
+        names = [str(self.items[n].get("patient") or "") for n in self.masks]
+        found = {}
+        for measure in MEASURES:
+            fields = ("row", "column")
+            patches = [
+                Patch(
+                    *(int(self.found[n][f"{measure}_patch_{field}"]) for field in fields),
+                    int(self.found[n]["patch"]),
+                    float(self.found[n][f"{measure}_patch"]),
+                )
+                for n in self.masks
+            ]
+            try:
+                found[measure] = localisation_rate(patches, masks, names if all(names) else None, seed=self.seed)
+            except UserError as error:
+                logger.warning(f"no localisation rate for {measure}: {error}")
+        return found
+
+    def _means(self) -> dict[str, float]:
+        groups = {"": self.rows}
+        classes = {str(row.get("anomaly")) for row in self.rows}
+        if {"0", "1"} <= classes:
+            groups |= {
+                "_normal": [row for row in self.rows if str(row["anomaly"]) == "0"],
+                "_anomalous": [row for row in self.rows if str(row["anomaly"]) == "1"],
+            }
+        means = {}
+        for suffix, rows in groups.items():
+            for name in SCORE_COLUMNS:
+                values = [row[name] for row in rows if row[name] is not None]
+                if values:
+                    means[f"{name}{suffix}"] = float(np.mean(values))
+        return means
+
+
+class DetectionFigures:
+    """Adds the figures of :func:`~medgen.metrics.detection_table.detection_table` to the metrics of an evaluation.
+
+    Only where the scored items hold both classes (``anomaly`` 1 and 0; an item without it counts as 0); otherwise
+    nothing is written. Attach it after the table that it reads.
+
+    Args:
+        table: whose rows are judged.
+        csv_path: table of the figures, a row per score.
+        figure_path: ROC curves, PNG.
+        resamples: see :func:`~medgen.metrics.detection_table.detection_table`.
+        shuffles: the same.
+        seed: the same.
+    """
+
+    def __init__(
+        self,
+        table: ScoresCSV,
+        csv_path: str | PathLike[str],
+        figure_path: str | PathLike[str],
+        resamples: int = CHEAP_RESAMPLES,
+        shuffles: int = SHUFFLES,
+        seed: int = 0,
+    ) -> None:
+        self.table, self.csv_path, self.figure_path = table, Path(csv_path), Path(figure_path)
+        self.settings = {"resamples": resamples, "shuffles": shuffles, "seed": seed}
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the evaluator of the table."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Compute and write."""
+        rows = [{**row, "anomaly": 0 if row.get("anomaly") is None else row["anomaly"]} for row in self.table.rows]
+        if len({str(row["anomaly"]) for row in rows}) < 2:
+            logger.info("one class of images only: no detection figures (an item of the datalist says \"anomaly\": 1)")
+            return
+        found = detection_table(rows, **self.settings)
+        for note in found.notes:
+            logger.warning(note)
+        engine.state.metrics.update(found.figures)
+        write_detection(rows, found, self.csv_path, self.figure_path)
+        logger.info(f"detection: {self.csv_path}, {self.figure_path}")
