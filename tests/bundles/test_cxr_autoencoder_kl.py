@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import re
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,50 +14,20 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from PIL import Image
-
-from medgen.errors import find_user_error
+from running import (
+    assert_one_line,
+    assert_same_training,
+    command,
+    finish,
+    kill_after_next_checkpoint,
+    run,
+    spoil,
+    start,
+    state,
+)
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "cxr_autoencoder_kl"
 TRAIN = ["configs/train.json", "configs/demo.json"]
-
-
-def command(config_file: list[str], output_dir: Path, **overrides: object) -> list[str]:
-    settings = {"output_dir": output_dir, "model_path": output_dir / "model.pt", "num_workers": 0, **overrides}
-    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return ["-m", "monai.bundle", "run", "--config_file", str(config_file), *options]
-
-
-def start(arguments: list[str], *launcher: str) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env.pop("MLFLOW_TRACKING_URI", None)
-    return subprocess.Popen(
-        [sys.executable, *launcher, *arguments],
-        cwd=BUNDLE,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # killed together with its worker processes
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def state(output_dir: Path) -> dict:
-    return torch.load(output_dir / "checkpoints" / "last.pt", weights_only=True)
-
-
-def assert_same_training(a: Path, b: Path) -> None:
-    """The whole state: networks, optimisers, EMA, best metric, position; and the best model."""
-    first, second = state(a), state(b)
-    assert first.pop("fingerprint") == second.pop("fingerprint")
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    best = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
-    torch.testing.assert_close(best[0], best[1], rtol=0, atol=0)
 
 
 @pytest.mark.slow(reason="starts four trainings as processes of their own; importing MONAI alone takes seconds in each")
@@ -71,22 +35,15 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_weight
     settings = {"datalist": datalist, "batch_size": 2, "max_epochs": 6, "val_interval": 2, "checkpoint_interval": 1}
     settings |= {"adversarial_start_epoch": 2, "ema_decay": 0.9, "resume": "true", "num_workers": 1}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    running = start(command(TRAIN, undisturbed, **settings))
+    running = start(BUNDLE, command(TRAIN, undisturbed, **settings))
     seed = int(time.time())
     print(f"seed of the kills: {seed}")
     rng, kills = random.Random(seed), 0
     while kills < 2:
-        process = start(command(TRAIN, killed, **settings))
-        checkpoint = killed / "checkpoints" / "last.pt"
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.4))
-        assert process.poll() is None, "the training was over before it could be killed"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process = start(BUNDLE, command(TRAIN, killed, **settings))
+        kill_after_next_checkpoint(process, killed, rng)
         kills += 1
-    assert "resumed from" in finish(start(command(TRAIN, killed, **settings)))
+    assert "resumed from" in finish(start(BUNDLE, command(TRAIN, killed, **settings)))
     finish(running)
     assert state(undisturbed)["images_seen"] == 6 * 4
     assert {"network", "discriminator", "g_optimizer", "d_optimizer", "ema"} <= set(state(killed)["components"])
@@ -100,25 +57,16 @@ def test_two_processes_train_one_network_and_resume_it(datalist, tmp_path):
     config_file = [*TRAIN, "configs/multi_gpu_train.json"]
     settings = {"datalist": datalist, "batch_size": 1, "val_interval": 1, "adversarial_start_epoch": 0}
     straight, paused = tmp_path / "straight", tmp_path / "paused"
-    output = finish(start(command(config_file, straight, max_epochs=2, **settings), *torchrun))
+    output = finish(start(BUNDLE, command(config_file, straight, max_epochs=2, **settings), *torchrun))
     assert "2 process(es)" in output
     assert "the best so far" in output
-    finish(start(command(config_file, paused, max_epochs=1, **settings), *torchrun))
-    finish(start(command(config_file, paused, max_epochs=2, resume="true", **settings), *torchrun))
+    finish(start(BUNDLE, command(config_file, paused, max_epochs=1, **settings), *torchrun))
+    finish(start(BUNDLE, command(config_file, paused, max_epochs=2, resume="true", **settings), *torchrun))
     assert state(straight)["images_seen"] == 8  # two epochs of the four training images, shared by the processes
     assert_same_training(straight, paused)
     val_l1 = state(straight)["components"]["best_model"]["best"]
     assert val_l1 == pytest.approx(l1_of_best_model(straight, datalist), abs=1e-5)
     assert not any(name.startswith("module.") for name in torch.load(straight / "model.pt", weights_only=True))
-
-
-def spoil(datalist: Path, folder: Path, change) -> Path:
-    """A copy of the data with one mistake in it."""
-    shutil.copytree(datalist.parent, folder)
-    content = json.loads((folder / "datalist.json").read_text())
-    change(content, folder)
-    (folder / "datalist.json").write_text(json.dumps(content))
-    return folder / "datalist.json"
 
 
 def three_for_validation(content, folder):
@@ -282,23 +230,11 @@ def test_evaluation_writes_the_means_of_what_piq_finds_in_each_image(workflow, t
 
 
 def test_command_prints_the_one_line_and_no_traceback(tmp_path):
-    process = start(command(TRAIN, tmp_path / "out", datalist="absent.json"))
+    process = start(BUNDLE, command(TRAIN, tmp_path / "out", datalist="absent.json"))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in output
     assert output.strip().splitlines()[-1].startswith("error: ")
-
-
-def run(workflow) -> None:
-    workflow.initialize()
-    workflow.run()
-
-
-def assert_one_line(error: BaseException, message: str) -> None:
-    line = find_user_error(error)
-    assert line is not None, repr(error)
-    assert "\n" not in line
-    assert re.search(message, line), line
 
 
 def test_reconstructions_and_latents_of_a_folder_are_written_upright(datalist, workflow, tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 from medgen.data import (
     datalist_hash,
     items_from_folder,
+    load_classes,
     load_datalist,
     reader,
     split_by_patient,
@@ -452,3 +453,21 @@ def test_natural_order_is_total():
 )
 def test_stem_cuts_image_suffixes_only(name, stem):
     assert file_stem(name) == stem
+
+
+def test_labels_become_class_indices_in_the_order_of_their_names(tmp_path):
+    items = [{"image": f"{n}.png", "patient": str(n), "label": label} for n, label in enumerate(["b", "a", 1])]
+    for item in items:
+        (tmp_path / item["image"]).touch()
+    write_datalist(tmp_path / "d.json", "n", "CT", {"training": items}, label_names=["b", "a"])
+    assert [item["label"] for item in load_classes(tmp_path / "d.json", "training", num_classes=2)] == [0, 1, 1]
+    assert [item["label"] for item in load_classes(tmp_path / "d.json", "training")] == ["b", "a", 1]
+
+
+@pytest.mark.parametrize(("label", "got"), [("c", "'c'"), (2, "2"), (-1, "-1"), (True, "True"), (None, "none")])
+def test_label_that_is_no_class_is_refused(label, got, tmp_path):
+    (tmp_path / "0.png").touch()
+    splits = {"training": [{"image": "0.png", "patient": "p", "label": label}]}
+    write_datalist(tmp_path / "d.json", "n", "CT", splits, label_names=["b", "a"])
+    with pytest.raises(UserError, match=rf"0.png: label must be a class from 0 to 1 or one of .*b, a.*, got {got};"):
+        load_classes(tmp_path / "d.json", "training", num_classes=2)

@@ -26,6 +26,7 @@ __all__ = [
     "file_stem",
     "items_from_folder",
     "list_files",
+    "load_classes",
     "load_datalist",
     "natural_key",
     "printable",
@@ -501,6 +502,42 @@ def load_datalist(
                 f"{missing[0]} not found ({len(missing)} of the files of split {split} are missing); "
                 f"set dataset_dir to the folder that the paths in {datalist} start from, now {root}"
             )
+    return items
+
+
+def load_classes(
+    datalist: str | os.PathLike, split: str, dataset_dir: str | os.PathLike | None = None, num_classes: int = 0
+) -> list[Item]:
+    """Items of one split as :func:`load_datalist` gives them, with labels as class indices.
+
+    Args:
+        datalist: JSON file; its ``label_names``, where there are any, say the order of labels that are names.
+        split: ``training``, ``validation``, ``test`` or another list in it.
+        dataset_dir: base of the relative paths; default: the datalist's folder.
+        num_classes: of the network; 0 leaves labels as they are.
+
+    Returns:
+        The items, ``label`` from 0 to ``num_classes - 1``.
+
+    Raises:
+        UserError: as :func:`load_datalist`, or an item without a label, or with one that is no class.
+    """
+    items = load_datalist(datalist, split, dataset_dir)
+    if not num_classes:
+        return items
+    names = _read(datalist).get("label_names") or []
+    index = {str(name): number for number, name in enumerate(names)} if isinstance(names, list) else {}
+    for item in items:
+        label = item.get("label")
+        number = index.get(label) if isinstance(label, str) else label
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < num_classes:
+            got = "none" if label is None else repr(label)
+            known = f" or one of label_names ({', '.join(map(str, names))})" if index else ""
+            raise UserError(
+                f"datalist {datalist}: {item['image']}: label must be a class from 0 to {num_classes - 1}{known}, got "
+                f"{got}; mend the datalist, or set --num_classes to {len(names) or 0}"
+            )
+        item["label"] = number
     return items
 
 

@@ -1,0 +1,98 @@
+"""Starts bundles as their users do: as processes, which can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medgen.errors import find_user_error
+
+
+def command(config_file: list[str], output_dir: Path, **overrides: object) -> list[str]:
+    """Arguments of Python for ``monai.bundle run``."""
+    settings = {"output_dir": output_dir, "model_path": output_dir / "model.pt", "num_workers": 0, **overrides}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return ["-m", "monai.bundle", "run", "--config_file", str(config_file), *options]
+
+
+def start(bundle: Path, arguments: list[str], *launcher: str) -> subprocess.Popen:
+    """A process in the bundle's folder, in a session of its own, so that it is killed with its workers."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        cwd=bundle,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What it printed, once it has ended well."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_after_next_checkpoint(process: subprocess.Popen, output_dir: Path, rng: random.Random) -> None:
+    """SIGKILL at a random moment within the 0.4 seconds after the next checkpoint was written."""
+    checkpoint = output_dir / "checkpoints" / "last.pt"
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.4))
+    assert process.poll() is None, "the training was over before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def state(output_dir: Path) -> dict:
+    """The newest checkpoint."""
+    return torch.load(output_dir / "checkpoints" / "last.pt", weights_only=True)
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    """The whole state: networks, optimisers, EMA, best metric, position; and the best model."""
+    first, second = state(a), state(b)
+    assert first.pop("fingerprint") == second.pop("fingerprint")
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    best = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
+    torch.testing.assert_close(best[0], best[1], rtol=0, atol=0)
+
+
+def spoil(datalist: Path, folder: Path, change: Callable[[dict, Path], None]) -> Path:
+    """A copy of the data with one mistake in it."""
+    shutil.copytree(datalist.parent, folder)
+    content = json.loads((folder / "datalist.json").read_text())
+    change(content, folder)
+    (folder / "datalist.json").write_text(json.dumps(content))
+    return folder / "datalist.json"
+
+
+def run(workflow: Any) -> None:
+    """A workflow in this process."""
+    workflow.initialize()
+    workflow.run()
+
+
+def assert_one_line(error: BaseException, message: str) -> None:
+    """That a user is told one line, and which."""
+    line = find_user_error(error)
+    assert line is not None, repr(error)
+    assert "\n" not in line
+    assert re.search(message, line), line
