@@ -211,6 +211,23 @@ def test_without_a_half_life_the_average_is_the_generator():
     assert same(given["ema"].state_dict(), given["generator"].state_dict())
 
 
+def test_compiled_training_takes_the_same_steps(monkeypatch):
+    compiled = []
+
+    def compile_without_generating_code(module):  # what inductor adds is speed, and a minute
+        compiled.append(module)
+        return real(module, backend="aot_eager")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_without_generating_code)
+    eager, given = parts(), parts()
+    for part, on in ((eager, False), (given, True)):
+        trainer(part, max_epochs=1, path_length=PathLengthRegulariser(interval=2), compile=on).run()
+    assert compiled == [given["generator"].synthesis, given["discriminator"]]
+    for name, value in eager["ema"].state_dict().items():
+        torch.testing.assert_close(given["ema"].state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
 def test_images_come_out_on_the_networks_scale():
     engine = trainer(parts(), max_epochs=1)
     engine.run()

@@ -260,8 +260,13 @@ class StyleGAN2Trainer(GenerativeTrainer):
         others_BLW = self.generator.mapping(self._latents(count), label, update_w_avg=False)
         return torch.cat([ws_BLW[:, :layer], others_BLW[:, layer:]], 1)
 
+    def _noise(self, count: int) -> list[torch.Tensor]:
+        # drawn here and not inside the network: a compiled one has random numbers of its own, which repeat nothing
+        sizes = self.generator.synthesis.noise_sizes
+        return [torch.randn(count, 1, *size, device=self.state.device) for size in sizes]
+
     def _generate(self, count: int, label: torch.Tensor | None) -> torch.Tensor:
-        return self._synthesise(self._styles(count, label), noise="random")
+        return self._synthesise(self._styles(count, label), self._noise(count))
 
     def _augmented(self, image: torch.Tensor) -> torch.Tensor:
         return image if self.augment is None else self.augment(image)
@@ -269,7 +274,7 @@ class StyleGAN2Trainer(GenerativeTrainer):
     def _regularise_path_length(self, count: int, label: torch.Tensor | None) -> torch.Tensor:
         count = self.path_length.batch_size(count)
         ws_BLW = self._styles(count, None if label is None else label[:count])
-        penalty = self.path_length(self.generator.synthesis(ws_BLW, noise="random"), ws_BLW)
+        penalty = self.path_length(self.generator.synthesis(ws_BLW, self._noise(count)), ws_BLW)
         self._update(self.g_optimizer, self.generator, penalty)
         self._mean_over_processes(self.path_length.mean)
         return penalty.detach()
