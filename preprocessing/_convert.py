@@ -18,11 +18,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import typer
@@ -40,15 +40,22 @@ __all__ = [
     "Job",
     "Outcome",
     "Settings",
+    "Task",
     "convert",
     "convert_file",
+    "file_key",
     "finish",
     "main",
     "make_jobs",
     "new_app",
     "one_line",
     "prepare_target",
+    "quantise",
+    "ranges",
     "render",
+    "resize",
+    "write_png",
+    "write_whole",
 ]
 
 SMALLEST, LARGEST = 16, 8192  # pixels
@@ -81,7 +88,7 @@ class Channels(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the pixels of the PNGs; a target folder holds images of one setting only."""
+    """The task of :mod:`preprocessing.images` and its like; a target folder holds images of one setting only."""
 
     dataset: str
     size: int = 512  # pixels
@@ -89,6 +96,10 @@ class Settings:
     bits: int = 8
     channels: str = Channels.keep
     window: tuple[float, float] | None = None  # centre, width in the image's own units
+
+    def convert(self, job: Job, target: Path) -> Outcome:
+        """Every frame of the file to a PNG of its own."""
+        return _convert_frames(job, self, target)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Outcome:
 
     Attributes:
         file: as in :class:`Job`.
-        images: the PNGs written, relative to the target.
+        images: the files written, relative to the target; a command that writes masks counts them here.
         reason: why the file, or a part of it, was rejected; empty if all was written.
         patient: DICOM PatientID, if the file says.
         modality: DICOM Modality; empty if the file does not say.
@@ -120,7 +131,9 @@ class Outcome:
         colour: whether the PNGs have three channels.
         final: False if trying again may help (a disk error, too little memory).
         key: size and time of change of the source, which tell whether it is still the same; None if it has gone.
-        bytes: size of each PNG.
+        bytes: size of each file written.
+        items: datalist items, of a command that knows more of an image than its file's name and patient.
+        used: other source files that were read, such as masks: path, size and time of change of each.
     """
 
     file: str
@@ -133,6 +146,17 @@ class Outcome:
     final: bool = True
     key: tuple[int, int] | None = None
     bytes: tuple[int, ...] = ()
+    items: tuple[dict[str, Any], ...] = ()
+    used: tuple[Sequence[Any], ...] = ()
+
+
+class Task(Protocol):
+    """What a command does to a file, as a dataclass of what decides the pixels; ``dataset`` names the command."""
+
+    dataset: str
+
+    def convert(self, job: Job, target: Path) -> Outcome:
+        """Write what becomes of one source file below ``target``; any exception but a UserError rejects the file."""
 
 
 class _RejectedError(Exception):
@@ -181,7 +205,7 @@ def render(pixels: np.ndarray, settings: Settings) -> Image.Image:
         scale = size / (longer if settings.fit == Fit.pad else shorter)
         shape = (max(1, round(width * scale)), max(1, round(height * scale)))
     wide = settings.bits == 16 and len(planes) == 1 and settings.channels != Channels.rgb
-    planes = [_quantise(_resize(plane, shape, box), wide) for plane in planes]
+    planes = [quantise(resize(plane, shape, box), wide) for plane in planes]
     if all(plane.min() == plane.max() for plane in planes):
         raise _RejectedError("all pixels have the same value in the PNG")
 
@@ -194,7 +218,7 @@ def render(pixels: np.ndarray, settings: Settings) -> Image.Image:
     return Image.fromarray(planes[0] if len(planes) == 1 else np.stack(planes, axis=-1))
 
 
-def _resize(plane: np.ndarray, shape: tuple[int, int], box: tuple[int, int, int, int] | None) -> np.ndarray:
+def resize(plane: np.ndarray, shape: tuple[int, int], box: tuple[int, int, int, int] | None) -> np.ndarray:
     """(H, W) float32 to ``shape`` (width, height); ``box`` is the part used: left, top, right, bottom."""
     if box is not None and box[2:] == shape:
         plane = plane[box[1] : box[3], box[0] : box[2]]
@@ -205,7 +229,7 @@ def _resize(plane: np.ndarray, shape: tuple[int, int], box: tuple[int, int, int,
     return np.asarray(image.resize(shape, Image.Resampling.BICUBIC, box=box))
 
 
-def _quantise(plane: np.ndarray, wide: bool) -> np.ndarray:
+def quantise(plane: np.ndarray, wide: bool) -> np.ndarray:
     """[0, 1] to 0..255, or 0..65535 if ``wide``, rounded to the nearest."""
     top = 65535 if wide else 255
     scaled = np.multiply(plane, top, dtype=np.float32)
@@ -213,26 +237,28 @@ def _quantise(plane: np.ndarray, wide: bool) -> np.ndarray:
     return np.clip(scaled, 0, top, out=scaled).astype(np.uint16 if wide else np.uint8)
 
 
-def convert_file(job: Job, settings: Settings, target: str) -> Outcome:
-    """Read one file and write its PNGs, each whole or not at all.
+def convert_file(job: Job, task: Task, target: str) -> Outcome:
+    """Convert one file, or say why not.
 
     Args:
         job: the file.
-        settings: how the PNGs shall look.
+        task: what is done to it.
         target: folder of the converted dataset.
 
     Returns:
         What became of it; a file that cannot be used is an outcome, too.
 
     Raises:
-        UserError: if a PNG cannot be written. That stops the run: a full disk is no fault of the image.
+        UserError: if the target cannot be written to. That stops the run: a full disk is no fault of the image.
     """
-    key = _key(job.path)  # before reading: a file that changes meanwhile is converted again next time
+    key = file_key(job.path)  # before reading: a file that changes meanwhile is converted again next time
     reject = partial(Outcome, job.file, key=key)
     try:
-        frames = read_frames(job.path, window=settings.window)
+        return replace(task.convert(job, Path(target)), key=key)
     except UnreadableImageError as error:
         return reject(reason=one_line(error))
+    except UserError:
+        raise
     except MemoryError:
         return reject(reason="too large for the memory; try fewer --workers", final=False)
     except OSError as error:
@@ -240,6 +266,9 @@ def convert_file(job: Job, settings: Settings, target: str) -> Outcome:
     except Exception as error:  # one odd file among 100,000 must not stop the rest
         return reject(reason=f"{type(error).__name__}: {one_line(error)}")
 
+
+def _convert_frames(job: Job, settings: Settings, target: Path) -> Outcome:
+    frames = read_frames(job.path, window=settings.window)
     written: list[str] = []
     sizes: list[int] = []
     refused: dict[str, list[int]] = {}
@@ -252,12 +281,12 @@ def convert_file(job: Job, settings: Settings, target: str) -> Outcome:
             refused.setdefault(str(error), []).append(frame.index)
             continue
         written.append(f"images/{stem}.png")
-        sizes.append(_write_png(image, Path(target, written[-1]), Path(target, PARTS)))
+        sizes.append(write_png(image, target, written[-1]))
         colour = image.mode == "RGB"
     reason = "; ".join(refused)
     if written and refused:
         reason = "; ".join(
-            f"{len(numbers)} of {len(frames)} frames left out (numbers {_ranges(numbers)}): {why}"
+            f"{len(numbers)} of {len(frames)} frames left out (numbers {ranges(numbers)}): {why}"
             for why, numbers in refused.items()
         )
     first = frames[0]
@@ -269,15 +298,33 @@ def convert_file(job: Job, settings: Settings, target: str) -> Outcome:
         modality=first.modality,
         view=first.meta.get("view_position", ""),
         colour=colour,
-        key=key,
         bytes=tuple(sizes),
     )
 
 
-def _write_png(image: Image.Image, path: Path, parts: Path) -> int:
-    part = parts / f"{os.getpid()}.png"
+def write_png(image: Image.Image, target: Path, name: str) -> int:
+    """Write one PNG, whole or not at all.
+
+    Args:
+        image: what to write.
+        target: folder of the converted dataset, prepared.
+        name: of the file, relative to it.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    return write_whole(target, name, lambda part: image.save(part, **PNG_OPTIONS))
+
+
+def write_whole(target: Path, name: str, save: Callable[[Path], object]) -> int:
+    """As :func:`write_png`, for any format: ``save`` writes to the path that it is given, of the same suffix."""
+    path = target / name
+    part = target / PARTS / f"{os.getpid()}{'.nii.gz' if name.endswith('.nii.gz') else path.suffix}"
     try:
-        image.save(part, **PNG_OPTIONS)
+        save(part)
         size = part.stat().st_size
         try:
             os.replace(part, path)
@@ -291,7 +338,7 @@ def _write_png(image: Image.Image, path: Path, parts: Path) -> int:
     return size
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """0, 1, 2, 7 as "0-2, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -346,7 +393,7 @@ def make_jobs(source: Path, files: Iterable[str], names: Iterable[str] | None = 
 # the journal: one line of settings, then one line for each file that is finished
 
 
-def prepare_target(source: Path, target: Path, settings: Settings) -> None:
+def prepare_target(source: Path, target: Path, settings: Task) -> None:
     """Make the target folder, or see that it was begun by the same command.
 
     Raises:
@@ -398,7 +445,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _key(path: str | Path) -> tuple[int, int] | None:
+def file_key(path: str | Path) -> tuple[int, int] | None:
     """Size and time of change of a file; None if there is none."""
     try:
         status = os.stat(path)
@@ -409,9 +456,11 @@ def _key(path: str | Path) -> tuple[int, int] | None:
 
 def _holds(outcome: Outcome, path: str, target: Path) -> bool:
     """Whether the source is still the one that was converted, and its PNGs still what was written."""
-    if outcome.key is None or _key(path) != outcome.key:
+    if outcome.key is None or file_key(path) != outcome.key:
         return False
-    found = [_key(target / image) for image in outcome.images]
+    if any(file_key(used) != (size, changed) for used, size, changed in outcome.used):
+        return False
+    found = [file_key(target / image) for image in outcome.images]
     return [status and status[0] for status in found] == list(outcome.bytes)
 
 
@@ -445,7 +494,7 @@ def _finished(jobs: Sequence[Job], target: Path) -> dict[str, Outcome]:
 # many files
 
 
-def convert(jobs: Sequence[Job], settings: Settings, target: Path, workers: int) -> dict[str, Outcome]:
+def convert(jobs: Sequence[Job], settings: Task, target: Path, workers: int) -> dict[str, Outcome]:
     """Convert files with a pool of processes; those that an earlier run finished are passed over.
 
     Args:
@@ -497,7 +546,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _convert_chunk(jobs: Sequence[Job], settings: Settings, target: str) -> list[Outcome]:
+def _convert_chunk(jobs: Sequence[Job], settings: Task, target: str) -> list[Outcome]:
     return [convert_file(job, settings, target) for job in jobs]
 
 
@@ -506,9 +555,7 @@ def _new_pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
 
 
-def _pool(
-    todo: Sequence[Job], settings: Settings, target: str, workers: int, record: Callable[[Outcome], None]
-) -> None:
+def _pool(todo: Sequence[Job], settings: Task, target: str, workers: int, record: Callable[[Outcome], None]) -> None:
     """Convert files in processes, even if there is one only: a decoder that crashes must not take the run with it."""
     length = max(1, min(8, len(todo) // (4 * workers)))
     waiting = deque(todo[start : start + length] for start in range(0, len(todo), length))
@@ -531,7 +578,7 @@ def _pool(
             pool.shutdown(cancel_futures=True)
 
 
-def _one_by_one(suspects: Sequence[Job], settings: Settings, target: str, record: Callable[[Outcome], None]) -> None:
+def _one_by_one(suspects: Sequence[Job], settings: Task, target: str, record: Callable[[Outcome], None]) -> None:
     """Find the file that ended a process: each is tried alone, and the rest goes on."""
     pool = _new_pool(1)
     try:
@@ -603,7 +650,10 @@ def new_app(command: Callable[..., int], description: str) -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     paragraphs = description.replace("``", "").split("\n\n")
     # a backspace in front tells click not to fill the paragraph
-    app.command(help="\n\n".join(f"\b\n{p}" if p.lstrip().startswith("===") else p for p in paragraphs))(command)
+    # options may be written with either: --dataset_dir is how MONAI's bundles have it, --dataset-dir how shells do
+    either = {"token_normalize_func": lambda token: token.replace("_", "-")}
+    text = "\n\n".join(f"\b\n{p}" if p.lstrip().startswith(("===", "python -m")) else p for p in paragraphs)
+    app.command(help=text, context_settings=either)(command)
     return app
 
 

@@ -85,7 +85,7 @@ def test_path_with_a_space_is_quoted_in_the_next_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["phantom", "nope", "OUT"], "error: layout must be one of chest, chestxray14, got 'nope'"),
+        (["phantom", "nope", "OUT"], "error: layout must be one of chest, chestxray14, liver_ct, got 'nope'"),
         (["phantom", "chest", "OUT", "--size", "7"], "error: size must be from 32 to 2048, got 7; change --size"),
         (["phantom", "chest", "FULL"], "error: OUT must be new or empty, got FULL"),
     ],

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from medgen.data.phantom.layouts import LAYOUTS, Layout, PhantomSpec, Study, draw_studies, write_phantom
+from medgen.data.phantom.abdomen import (
+    CT_FINDINGS,
+    AbdomenAnatomy,
+    AbdomenFinding,
+    AbdomenPhantom,
+    AbdomenScan,
+    AbdomenVolume,
+)
+from medgen.data.phantom.layouts import (
+    LAYOUTS,
+    CtStudy,
+    Layout,
+    PhantomSpec,
+    Study,
+    draw_ct_studies,
+    draw_studies,
+    write_phantom,
+)
 from medgen.data.phantom.thorax import (
     FINDINGS,
     Acquisition,
@@ -14,16 +31,24 @@ from medgen.data.phantom.thorax import (
 )
 
 __all__ = [
+    "CT_FINDINGS",
     "FINDINGS",
     "LAYOUTS",
+    "AbdomenAnatomy",
+    "AbdomenFinding",
+    "AbdomenPhantom",
+    "AbdomenScan",
+    "AbdomenVolume",
     "Acquisition",
     "Anatomy",
+    "CtStudy",
     "Finding",
     "Layout",
     "PhantomSpec",
     "Study",
     "ThoraxImage",
     "ThoraxPhantom",
+    "draw_ct_studies",
     "draw_studies",
     "make_thorax",
     "write_phantom",

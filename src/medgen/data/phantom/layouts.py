@@ -16,6 +16,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from medgen import __version__
+from medgen.data.phantom.abdomen import (
+    CT_FINDINGS,
+    AbdomenAnatomy,
+    AbdomenFinding,
+    AbdomenPhantom,
+    AbdomenScan,
+    AbdomenVolume,
+)
 from medgen.data.phantom.thorax import (
     FIELD_OF_VIEW_CM,
     FINDINGS,
@@ -32,13 +40,14 @@ from medgen.errors import UserError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-__all__ = ["LAYOUTS", "Layout", "PhantomSpec", "Study", "draw_studies", "write_phantom"]
+__all__ = ["LAYOUTS", "CtStudy", "Layout", "PhantomSpec", "Study", "draw_ct_studies", "draw_studies", "write_phantom"]
 
 MANIFEST = "phantom.json"
 NO_FINDING = "No Finding"
 SECOND_FINDING = 0.25  # share of the abnormal radiographs that show two
 TEST_SHARE = 0.2  # of the patients, as in ChestX-ray14's official lists
 
+CT_TRUTH_COLUMNS = ("file", "patient", "sex", "age", "labels", "liver_mask", "anomaly_mask")
 TRUTH_COLUMNS = ("file", "patient", "sex", "age", "view", "labels", "lung_mask", "anomaly_mask")
 # The header of ChestX-ray14's table as it was published: its commas cut two of the names in half
 DATA_ENTRY_COLUMNS = (
@@ -55,6 +64,11 @@ DX_STORAGE = "1.2.840.10008.5.1.4.1.1.1.1"  # Digital X-Ray Image Storage - For 
 CR_STORAGE = "1.2.840.10008.5.1.4.1.1.1"
 VIEW_CODES = {"PA": ("272479007", "postero-anterior"), "AP": ("399348003", "antero-posterior")}  # DICOM CID 4010
 CHEST_CODE = ("816094009", "Chest")  # DICOM CID 4031
+CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
+RESCALE_INTERCEPT = -1024  # HU of stored value 0, as most scanners have it
+DICOM_EVERY = 2  # of the patients' scans are DICOM series, the rest NIfTI
+# NIfTI files of different converters store the axes in different directions
+NIFTI_AXES = ("LPS", "RAS", "LAS")
 
 
 @dataclass(frozen=True)
@@ -63,10 +77,10 @@ class PhantomSpec:
 
     Args:
         patients: number of patients.
-        images_per_patient: radiographs of each.
+        images_per_patient: radiographs or scans of each.
         size: height and width in pixels, from 32 to 2048.
         seed: of everything drawn; a patient's anatomy depends on it and on the patient's number alone.
-        anomaly_fraction: share of the radiographs with findings, in [0, 1]; met to the nearest whole number.
+        anomaly_fraction: share of the images with findings, in [0, 1]; met to the nearest whole number.
 
     Raises:
         UserError: when one of them is out of range.
@@ -143,6 +157,52 @@ def draw_studies(spec: PhantomSpec) -> Iterator[Study]:
 
 
 @dataclass(frozen=True)
+class CtStudy:
+    """One abdominal CT of one patient, drawn but not rendered.
+
+    Args:
+        patient: number from 0.
+        follow_up: number of the scan among the patient's, from 0.
+        phantom: patient and scan.
+        findings: what to insert; empty for a normal scan.
+    """
+
+    patient: int
+    follow_up: int
+    phantom: AbdomenPhantom
+    findings: tuple[AbdomenFinding, ...]
+
+    @property
+    def labels(self) -> str:
+        """The findings' names divided by ``|``, or "No Finding"."""
+        return "|".join(finding.label for finding in self.findings) or NO_FINDING
+
+
+def draw_ct_studies(spec: PhantomSpec) -> Iterator[CtStudy]:
+    """Draw patients, scans and findings of :data:`medgen.data.phantom.CT_FINDINGS`, one to a scan.
+
+    Args:
+        spec: how many and which.
+
+    Yields:
+        the studies, patient by patient.
+    """
+    total = spec.patients * spec.images_per_patient
+    rng = np.random.default_rng([spec.seed, 4])
+    abnormal = rng.permutation(total)[: round(spec.anomaly_fraction * total)]
+    kinds = rng.permutation(len(CT_FINDINGS))
+    found = {int(study): CT_FINDINGS[kinds[n % len(CT_FINDINGS)]] for n, study in enumerate(abnormal)}
+    for patient in range(spec.patients):
+        anatomy = AbdomenAnatomy.draw(np.random.default_rng([spec.seed, 5, patient]))
+        for follow_up in range(spec.images_per_patient):
+            rng = np.random.default_rng([spec.seed, 6, patient, follow_up])
+            scan = AbdomenScan.draw(rng)
+            label = found.get(patient * spec.images_per_patient + follow_up)
+            findings = () if label is None else (AbdomenFinding(label, int(rng.integers(2**32))),)
+            yield CtStudy(patient, follow_up, AbdomenPhantom(anatomy, scan), findings)
+
+
+@dataclass(frozen=True)
 class Layout:
     """A folder layout.
 
@@ -150,11 +210,19 @@ class Layout:
         summary: one line for ``--help``.
         entries: names directly below the output folder that ``write`` makes; ``--force`` removes these.
         write: takes the output folder, the specification and the studies; gives the next command to type.
+        draw: gives the studies of a specification.
+        noun: what one study is called, in the plural.
+        masks: where its masks are, below the output folder.
+        size: height and width in pixels, unless the user says otherwise.
     """
 
     summary: str
     entries: tuple[str, ...]
-    write: Callable[[Path, PhantomSpec, Iterable[Study]], str]
+    write: Callable[[Path, PhantomSpec, Iterable[Any]], str]
+    draw: Callable[[PhantomSpec], Iterator[Any]] = draw_studies
+    noun: str = "synthetic radiographs"
+    masks: str = "masks of lungs and anomalies: {out}/masks"
+    size: int = PhantomSpec.size
 
 
 def _write_chest(out: Path, spec: PhantomSpec, studies: Iterable[Study]) -> str:
@@ -204,12 +272,59 @@ def _write_chestxray14(out: Path, spec: PhantomSpec, studies: Iterable[Study]) -
     return _command("preprocessing.chestxray14", source=out, target=_sibling(out), size=spec.size)
 
 
+def _write_liver_ct(out: Path, spec: PhantomSpec, studies: Iterable[CtStudy]) -> str:
+    """``images/<study>.nii.gz`` or ``images/<patient>/<series>/<sop>.dcm``, with the masks in the same geometry."""
+    rows = []
+    for folder in ("images", "labels", "anomalies"):
+        (out / folder).mkdir(exist_ok=True)
+    for number, study in enumerate(studies):
+        volume = study.phantom.render(spec.size, study.findings)
+        patient = f"PHANTOM{study.patient + 1:05d}"
+        name = patient if spec.images_per_patient == 1 else f"{patient}_{study.follow_up:03d}"
+        axes = NIFTI_AXES[number // DICOM_EVERY % len(NIFTI_AXES)]
+        if number % DICOM_EVERY:
+            file = f"{patient}/{name}"
+            (out / "images" / file).mkdir(parents=True, exist_ok=True)
+            for dataset in _ct_series(study, volume, spec):
+                dataset.save_as(out / "images" / file / f"{dataset.SOPInstanceUID}.dcm", enforce_file_format=True)
+        else:
+            file = f"{name}.nii.gz"
+            _save_nifti(out / "images" / file, volume.image, volume, axes)
+        _save_nifti(out / "labels" / f"{name}.nii.gz", volume.liver_mask.astype(np.uint8), volume, axes)
+        anomaly = ""
+        if volume.anomaly_mask.any():
+            anomaly = f"anomalies/{name}.nii.gz"
+            _save_nifti(out / anomaly, volume.anomaly_mask.astype(np.uint8), volume, axes)
+        anatomy = study.phantom.anatomy
+        rows.append((file, patient, anatomy.sex, anatomy.age, study.labels, f"labels/{name}.nii.gz", anomaly))
+    _save_csv(out / "truth.csv", CT_TRUTH_COLUMNS, rows)
+    return _command(
+        "preprocessing.liver_ct",
+        source=out / "images",
+        masks=out / "labels",
+        anomalies=out / "anomalies",
+        target=_sibling(out),
+        size=spec.size,
+        # several scans of a patient, of which the NIfTI files say so by their names alone
+        **({} if spec.images_per_patient == 1 else {"patient": r"PHANTOM\d+"}),
+    )
+
+
 LAYOUTS: dict[str, Layout] = {
     "chest": Layout("radiographs as a DICOM tree", ("images", "masks", "truth.csv"), _write_chest),
     "chestxray14": Layout(
         "NIH ChestX-ray14: PNG, table and official lists",
         ("images_001", "masks", "truth.csv", "Data_Entry_2017_v2020.csv", "train_val_list.txt", "test_list.txt"),
         _write_chestxray14,
+    ),
+    "liver_ct": Layout(
+        "CT of the upper abdomen as NIfTI and as DICOM series, with liver masks",
+        ("images", "labels", "anomalies", "truth.csv"),
+        _write_liver_ct,
+        draw=draw_ct_studies,
+        noun="synthetic CT scans",
+        masks="masks of livers: {out}/labels, of anomalies: {out}/anomalies",
+        size=128,
     ),
 }
 
@@ -234,17 +349,18 @@ def write_phantom(layout: str, out: Path, spec: PhantomSpec, force: bool = False
     if layout not in LAYOUTS:
         raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     manifest = {"made_by": "medgen phantom", "version": __version__, "layout": layout, **asdict(spec)}
-    studies = list(draw_studies(spec))
+    form = LAYOUTS[layout]
+    studies = list(form.draw(spec))
     try:
         _claim(out, manifest, force)
-        command = LAYOUTS[layout].write(out, spec, tqdm(studies, desc=layout, unit="image", disable=None))
+        command = form.write(out, spec, tqdm(studies, desc=layout, unit="image", disable=None))
     except OSError as error:
         where = error.filename or out
         raise UserError(f"expected to write {where}, got {error.strerror or error}; choose another folder") from error
     abnormal = sum(bool(study.findings) for study in studies)
     return [
-        f"wrote {len(studies)} synthetic radiographs of {spec.patients} patients, {abnormal} with findings: {out}",
-        f"truth: {out / 'truth.csv'}, masks of lungs and anomalies: {out / 'masks'}",
+        f"wrote {len(studies)} {form.noun} of {spec.patients} patients, {abnormal} with findings: {out}",
+        f"truth: {out / 'truth.csv'}, {form.masks.format(out=out)}",
         f"next: {command}",
     ]
 
@@ -317,6 +433,127 @@ def _command(module: str, **options: object) -> str:
     return shlex.join(["python", "-m", module, *(part for k, v in options.items() for part in (f"--{k}", str(v)))])
 
 
+def _save_nifti(path: Path, voxels: np.ndarray, volume: AbdomenVolume, axes: str) -> None:
+    """Write voxels, stored as rows, columns, slices, with the axes in other directions, such as ``LAS``."""
+    import nibabel as nib
+
+    origin = _origin_mm(volume)
+    # NIfTI's world grows to the right, front and head; columns grow to the left and rows to the back
+    affine = np.diag([-volume.spacing[1], -volume.spacing[0], volume.spacing[2], 1])
+    affine[:3, 3] = (-origin[0], -origin[1], origin[2])
+    image = nib.Nifti1Image(np.ascontiguousarray(voxels.transpose(1, 0, 2)), affine)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+    image = image.as_reoriented(turn)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"SYNTHETIC: medgen analytic abdomen phantom"
+    image.set_sform(image.affine, "scanner")
+    image.set_qform(image.affine, "scanner")
+    nib.save(image, path)
+
+
+def _origin_mm(volume: AbdomenVolume) -> tuple[float, float, float]:
+    """Centre of the first voxel in DICOM's coordinates; the middle of the volume is at 0."""
+    rows, columns, slices = (-(n - 1) / 2 * mm for n, mm in zip(volume.image.shape, volume.spacing, strict=True))
+    return round(columns, 4), round(rows, 4), round(slices, 4)
+
+
+def _ct_series(study: CtStudy, volume: AbdomenVolume, spec: PhantomSpec) -> Iterator[Dataset]:
+    """A scan as one CT object a slice, from the head down, as scanners number them."""
+    from pydicom.dataset import Dataset
+
+    origin = _origin_mm(volume)
+    slices = volume.image.shape[2]
+    for number in range(slices):
+        level = slices - 1 - number
+        z = round(origin[2] + level * volume.spacing[2], 4)
+        ds = Dataset()
+        uid = _uids(spec)
+        _describe(ds, "CT", study, "analytic abdomen phantom", "abdominal CT", "axial")
+        ds.SOPClassUID = CT_STORAGE
+        ds.SOPInstanceUID = uid("ct", study.patient, study.follow_up, level)
+        ds.StudyInstanceUID = uid("ct study", study.patient, study.follow_up)
+        ds.SeriesInstanceUID = uid("ct series", study.patient, study.follow_up)
+        ds.FrameOfReferenceUID = uid("ct frame", study.patient, study.follow_up)
+        ds.PositionReferenceIndicator = ""
+        ds.ImageType = ["DERIVED", "PRIMARY", "AXIAL"]
+        ds.BodyPartExamined = "ABDOMEN"
+        ds.PatientPosition = "HFS"
+        ds.PatientOrientation = ["L", "P"]
+        ds.InstanceNumber = number + 1
+        ds.KVP = "120"
+        ds.GantryDetectorTilt = "0"
+        ds.SliceThickness = str(volume.spacing[2])
+        ds.PixelSpacing = [str(mm) for mm in volume.spacing[:2]]
+        ds.ImageOrientationPatient = ["1", "0", "0", "0", "1", "0"]
+        ds.ImagePositionPatient = [str(origin[0]), str(origin[1]), str(z)]
+        ds.SliceLocation = str(z)
+        ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = str(RESCALE_INTERCEPT), "1", "HU"
+        ds.WindowCenter, ds.WindowWidth = "40", "400"
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.Rows, ds.Columns = volume.image.shape[:2]
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, BITS_STORED, BITS_STORED - 1
+        ds.PixelRepresentation = 0
+        stored = volume.image[:, :, level].astype(np.int32) - RESCALE_INTERCEPT
+        ds.PixelData = stored.astype("<u2").tobytes()
+        ds["PixelData"].VR = "OW"
+        _finish_file(ds)
+        yield ds
+
+
+def _uids(spec: PhantomSpec) -> Callable[..., str]:
+    """UIDs by what they are of; the specification enters, so that different phantoms never share one."""
+    from pydicom.uid import generate_uid
+
+    def uid(*what: object) -> str:
+        return generate_uid(entropy_srcs=[f"medgen phantom {__version__}", repr(spec), *map(str, what)])
+
+    return uid
+
+
+def _describe(ds: Dataset, modality: str, study: Study | CtStudy, model: str, what: str, series: str) -> None:
+    """Patient, study, series and equipment, with every mark that says that nobody was imaged."""
+    anatomy = study.phantom.anatomy
+    number = study.patient + 1
+    ds.SpecificCharacterSet = "ISO_IR 100"
+    ds.SyntheticData = "YES"
+    ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = STUDY_DATE
+    ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = (
+        f"12{study.follow_up // 60:02d}{study.follow_up % 60:02d}"
+    )
+    ds.AccessionNumber = ""
+    ds.Modality = modality
+    ds.Manufacturer = "medgen"
+    ds.ManufacturerModelName = model
+    ds.SoftwareVersions = __version__
+    ds.ReferringPhysicianName = ""
+    ds.StudyDescription = f"SYNTHETIC {what}"
+    ds.SeriesDescription = f"SYNTHETIC {series}"
+    ds.DerivationDescription = "Computed from analytic shapes; no patient was imaged"
+    ds.PatientName = f"Phantom^Synthetic {number:05d}"
+    ds.PatientID = f"PHANTOM{number:05d}"
+    ds.PatientBirthDate = ""
+    ds.PatientSex = anatomy.sex
+    ds.PatientAge = f"{anatomy.age:03d}Y"
+    ds.QualityControlSubject = "YES"
+    ds.PatientIdentityRemoved = "YES"
+    ds.DeidentificationMethod = "no patient: synthetic"
+    ds.StudyID = str(study.follow_up + 1)
+    ds.SeriesNumber = ds.InstanceNumber = ds.AcquisitionNumber = 1
+    ds.ImageComments = f"SYNTHETIC phantom, not a patient. Findings: {study.labels}"
+    ds.BurnedInAnnotation = "NO"
+    ds.LossyImageCompression = "00"
+
+
+def _finish_file(ds: Dataset) -> None:
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+
+
 def _dicom(study: Study, image: ThoraxImage, spec: PhantomSpec, inverted: bool, rle: bool) -> Dataset:
     """A radiograph as DX (erect, PA) or CR (bedside, AP), marked as synthetic.
 
@@ -327,15 +564,12 @@ def _dicom(study: Study, image: ThoraxImage, spec: PhantomSpec, inverted: bool, 
         inverted: MONOCHROME1 instead of MONOCHROME2.
         rle: RLE Lossless instead of uncompressed.
     """
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+    from pydicom.dataset import Dataset
+    from pydicom.uid import RLELossless
 
-    anatomy, view = study.phantom.anatomy, study.phantom.acquisition.view
+    view = study.phantom.acquisition.view
     digital = view == "PA"
-    number = study.patient + 1
-
-    def uid(*what: object) -> str:
-        return generate_uid(entropy_srcs=[f"medgen phantom {__version__}", repr(spec), *map(str, what)])
+    uid = _uids(spec)
 
     def code(value: str, meaning: str) -> Dataset:
         item = Dataset()
@@ -343,34 +577,12 @@ def _dicom(study: Study, image: ThoraxImage, spec: PhantomSpec, inverted: bool, 
         return item
 
     ds = Dataset()
-    ds.SpecificCharacterSet = "ISO_IR 100"
+    _describe(ds, "DX" if digital else "CR", study, "analytic thorax phantom", "chest radiograph", view)
     ds.ImageType = ["DERIVED", "PRIMARY"]
     ds.SOPClassUID = DX_STORAGE if digital else CR_STORAGE
     ds.SOPInstanceUID = uid("image", study.patient, study.follow_up)
-    ds.SyntheticData = "YES"
-    ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = STUDY_DATE
-    ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = (
-        f"12{study.follow_up // 60:02d}{study.follow_up % 60:02d}"
-    )
-    ds.AccessionNumber = ""
-    ds.Modality = "DX" if digital else "CR"
     if digital:
         ds.PresentationIntentType = "FOR PRESENTATION"
-    ds.Manufacturer = "medgen"
-    ds.ManufacturerModelName = "analytic thorax phantom"
-    ds.SoftwareVersions = __version__
-    ds.ReferringPhysicianName = ""
-    ds.StudyDescription = "SYNTHETIC chest radiograph"
-    ds.SeriesDescription = f"SYNTHETIC {view}"
-    ds.DerivationDescription = "Computed from analytic shapes; no patient was imaged"
-    ds.PatientName = f"Phantom^Synthetic {number:05d}"
-    ds.PatientID = f"PHANTOM{number:05d}"
-    ds.PatientBirthDate = ""
-    ds.PatientSex = anatomy.sex
-    ds.PatientAge = f"{anatomy.age:03d}Y"
-    ds.QualityControlSubject = "YES"
-    ds.PatientIdentityRemoved = "YES"
-    ds.DeidentificationMethod = "no patient: synthetic"
     ds.BodyPartExamined = "CHEST"
     ds.ViewPosition = view
     ds.ViewCodeSequence = [code(*VIEW_CODES[view])]
@@ -378,13 +590,8 @@ def _dicom(study: Study, image: ThoraxImage, spec: PhantomSpec, inverted: bool, 
     ds.AcquisitionContextSequence = []
     ds.StudyInstanceUID = uid("study", study.patient, study.follow_up)
     ds.SeriesInstanceUID = uid("series", study.patient, study.follow_up)
-    ds.StudyID = str(study.follow_up + 1)
-    ds.SeriesNumber = ds.InstanceNumber = ds.AcquisitionNumber = 1
     ds.PatientOrientation = ["L", "F"]
     ds.ImageLaterality = "U"
-    ds.ImageComments = f"SYNTHETIC phantom, not a patient. Findings: {study.labels}"
-    ds.BurnedInAnnotation = "NO"
-    ds.LossyImageCompression = "00"
     ds.ImagerPixelSpacing = ds.PixelSpacing = [str(_spacing_mm(spec.size))] * 2
     ds.DetectorType = ""
     ds.PixelIntensityRelationship = "LOG"
@@ -405,10 +612,7 @@ def _dicom(study: Study, image: ThoraxImage, spec: PhantomSpec, inverted: bool, 
     ds.PixelData = stored.tobytes()
     ds["PixelData"].VR = "OW"
 
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    _finish_file(ds)
     if rle:
         # pydicom's own encoder, not the fastest installed: the bytes must not depend on what is
         ds.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
