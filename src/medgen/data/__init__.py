@@ -14,14 +14,18 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "datalist": [
             "datalist_hash",
             "items_from_folder",
+            "load_classes",
             "load_datalist",
             "split_by_patient",
             "validate_datalist",
             "write_datalist",
         ],
+        "dicom_writer": ["read_source", "write_parametric_map", "write_secondary_capture"],
         "image_reader": ["MedicalImageReader"],
         "image_set": ["ImageSet"],
+        "pending": ["pending_groups"],
         "reader": ["Frame", "read_frames", "UnreadableImageError"],
         "stream": ["derive_seed", "ResumableDataLoader"],
+        "synthetic_set": ["SyntheticSet"],
     },
 )

@@ -119,8 +119,8 @@ def read_frames(path: str | PathLike[str], *, window: tuple[float, float] | None
 def read_some(path: Path, window: tuple[float, float] | None, only: int | None) -> list[Frame]:
     """All frames of a file, or the one numbered ``only``."""
     try:
-        kind = _kind(path)
-        with _quiet():
+        kind = file_kind(path)
+        with quiet_pydicom():
             if kind == "picture":
                 return _picture_frames(path, only)
             if kind == "DICOM":
@@ -135,7 +135,7 @@ def read_some(path: Path, window: tuple[float, float] | None, only: int | None) 
         raise UnreadableImageError(f"cannot be decoded, truncated or damaged: {one_line(said)}") from error
 
 
-def _kind(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """``picture``, ``DICOM``, ``NIfTI`` or ``gzip``, from the first bytes of a file."""
     if path.is_dir():
         raise UnreadableImageError("expected an image file, got a folder; name its files one by one")
@@ -168,7 +168,7 @@ def _is_nifti(head: bytes) -> bool:
 def has_known_content(path: Path) -> bool:
     """Whether the first bytes of a file are those of an image format."""
     try:
-        return bool(_kind(path))
+        return bool(file_kind(path))
     except UnreadableImageError:
         return False
 
@@ -237,7 +237,7 @@ def _picture_pixels(image: Image.Image) -> np.ndarray:
 def _dicom_frames(path: Path, window: tuple[float, float] | None, only: int | None) -> list[Frame]:
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        ds = pydicom.dcmread(path, force=True)  # force: files without preamble; _kind() has looked at the first bytes
+        ds = pydicom.dcmread(path, force=True)  # force: without preamble; file_kind() saw the first bytes
     sop_class = pydicom.uid.UID(str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID", "")))
     if ds.preamble is None and not sop_class and "Rows" not in ds:
         raise UnreadableImageError(_UNKNOWN)
@@ -314,8 +314,8 @@ def _dicom_grey(
     The result is (H, W, 3) where the frame has a supplemental palette and says that it is meant in colour.
     """
     _check_finite(stored)
-    transform = _functional_group(ds, number, "PixelValueTransformationSequence")
-    voi = _functional_group(ds, number, "FrameVOILUTSequence")
+    transform = functional_group(ds, number, "PixelValueTransformationSequence")
+    voi = functional_group(ds, number, "FrameVOILUTSequence")
     colour = stored >= ds.RedPaletteColorLookupTableDescriptor[1] if _has_colour_overlay(ds, number) else None
     hidden = _padding(stored, ds)
     if colour is not None:
@@ -355,7 +355,7 @@ def _dicom_grey(
     return grey, how
 
 
-def _functional_group(ds: pydicom.Dataset, number: int, sequence: str) -> pydicom.Dataset:
+def functional_group(ds: pydicom.Dataset, number: int, sequence: str) -> pydicom.Dataset:
     """The group of one frame, else the one that all frames share, else the data set itself."""
     per_frame = ds.get("PerFrameFunctionalGroupsSequence") or []
     shared = ds.get("SharedFunctionalGroupsSequence") or []
@@ -369,7 +369,7 @@ def _has_colour_overlay(ds: pydicom.Dataset, number: int) -> bool:
     """Whether values from the supplemental palette on are colours, such as a perfusion map upon a grey CT slice."""
     if "RedPaletteColorLookupTableDescriptor" not in ds:
         return False
-    types = (_functional_group(ds, number, f"{kind}ImageFrameTypeSequence") for kind in ("CT", "MR"))
+    types = (functional_group(ds, number, f"{kind}ImageFrameTypeSequence") for kind in ("CT", "MR"))
     return any(frame_type.get("PixelPresentation") == "COLOR" for frame_type in types)
 
 
@@ -549,7 +549,7 @@ def one_line(error: object) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_pydicom() -> Iterator[None]:
     """Keep what decoders say about odd but readable files off the user's terminal; exceptions pass."""
     logger = logging.getLogger("pydicom")
     logger.addFilter(_no_warning)

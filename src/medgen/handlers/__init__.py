@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from medgen.handlers.animation import AnimationWriter, GridWriter, check_animation_name, write_animation
+from medgen.handlers.anomaly import DetectionFigures, ScoresCSV, reconstruction_metrics
 from medgen.handlers.checkpoint import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
 from medgen.handlers.metrics import MetricsJSON
 from medgen.handlers.pictures import ReconstructionGrid, SampleGrid, save_grid
 from medgen.handlers.progress import TrainingProgress, scalars
+from medgen.handlers.projection import ProjectionProgress, save_loss_curves
 from medgen.handlers.validation import ValidationAtIntervals
 
 __all__ = [
+    "AnimationWriter",
     "BestModelSaver",
+    "DetectionFigures",
+    "GridWriter",
     "MetricsJSON",
+    "ProjectionProgress",
     "ReconstructionGrid",
     "SampleGrid",
+    "ScoresCSV",
     "TrainingCheckpoint",
     "TrainingProgress",
     "ValidationAtIntervals",
     "WeightsLoader",
     "atomic_save",
+    "check_animation_name",
+    "reconstruction_metrics",
     "save_grid",
+    "save_loss_curves",
     "scalars",
+    "write_animation",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
-from monai.handlers import IgniteMetricHandler, MeanAbsoluteError, PeakSignalToNoiseRatio, from_engine
+from monai.handlers import IgniteMetricHandler, MeanAbsoluteError, from_engine
 from monai.utils import convert_to_numpy
 
+from medgen.data.datalist import file_stem
 from medgen.errors import UserError
 from medgen.metrics.anomaly import Localisation, Patch, localisation_rate
 from medgen.metrics.detection import SHUFFLES
-from medgen.metrics.detection_table import SCORE_COLUMNS, detection_table, write_detection, write_table
+from medgen.metrics.detection_table import SCORE_COLUMNS, detection_figures, write_detection, write_table
 from medgen.metrics.intervals import CHEAP_RESAMPLES
 from medgen.metrics.reconstruction import SCALES, MultiScaleSSIM
+from medgen.transforms.save_projection import _RecordName as ProjectionNames
 
 __all__ = ["DetectionFigures", "ScoresCSV", "reconstruction_metrics"]
 
@@ -32,7 +34,7 @@ SMALLEST_MS_SSIM = 3 * 2 ** (SCALES - 1)  # pixels: the smallest window on the c
 
 
 def reconstruction_metrics(image_size: Sequence[int]) -> dict[str, IgniteMetricHandler]:
-    """PSNR, L1 and, where the image has the 48 pixels it takes, MS-SSIM between ``pred`` and ``image``.
+    """L1 and, where images have the 48 pixels it takes, MS-SSIM between ``pred`` and ``image``.
 
     Args:
         image_size: height and width.
@@ -41,10 +43,7 @@ def reconstruction_metrics(image_size: Sequence[int]) -> dict[str, IgniteMetricH
         For an evaluator's ``additional_metrics``.
     """
     transform = from_engine(["pred", "image"])
-    metrics: dict[str, IgniteMetricHandler] = {
-        "psnr": PeakSignalToNoiseRatio(max_val=1.0, output_transform=transform),
-        "l1": MeanAbsoluteError(output_transform=transform),
-    }
+    metrics: dict[str, IgniteMetricHandler] = {"l1": MeanAbsoluteError(output_transform=transform)}
     if min(image_size) >= SMALLEST_MS_SSIM:
         metrics["ms_ssim"] = MultiScaleSSIM(min(image_size), output_transform=transform)
     return metrics
@@ -74,11 +73,12 @@ class ScoresCSV:
     Columns: ``image`` (path relative to ``data_root``), ``patient``, ``label`` and ``anomaly`` where any item has them,
     the fields of :class:`~medgen.metrics.anomaly.AnomalyScores`, ``mse_hit`` and ``wd_hit`` (whether the worst patch
     holds a pixel of the known anomaly) where any image has a mask, the metrics of the evaluator that are kept by image,
-    and what ``details`` adds. What an image lacks, such as the scores of a body that was not found, is an empty cell.
+    and ``projection_steps`` and ``projection_distance`` where records are there. What an image lacks, such as the
+    scores of a body that was not found, is an empty cell.
 
     ``engine.state.metrics`` gets the mean of each score (where both classes are there also ``<score>_normal`` and
-    ``<score>_anomalous``) and, where masks are known, ``localisation_mse`` with ``_low``, ``_high`` and ``_chance``, and
-    the same for ``wd``.
+    ``<score>_anomalous``) and, where masks are known, ``localisation_mse`` with ``_low``, ``_high`` and ``_chance``,
+    and the same for ``wd``.
 
     Attach it to an evaluator that goes through ``items`` in their order, whose batches hold ``image``, ``scores`` and,
     where anomalies are known, ``anomaly_mask`` (1, H, W).
@@ -87,7 +87,7 @@ class ScoresCSV:
         path: the CSV.
         items: of the datalist, all that are scored.
         data_root: folder that ``image`` is relative to; empty: paths as they are.
-        details: item -> further columns of its row, such as those of its projection.
+        projection_dir: folder of the records that projecting wrote, for their columns; None, or no records: without.
         seed: of the draws for the localisation's intervals.
     """
 
@@ -96,13 +96,16 @@ class ScoresCSV:
         path: str | PathLike[str],
         items: Sequence[Mapping[str, Any]],
         data_root: str | PathLike[str] = "",
-        details: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        projection_dir: str | PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
         self.path, self.items, self.data_root = Path(path), items, str(data_root)
-        self.details, self.seed = details, seed
+        self.seed = seed
+        inputs = [item["image"] for item in items]
+        self.records = None if projection_dir is None else ProjectionNames(projection_dir, data_root, inputs=inputs)
         self.rows: list[dict[str, Any]] = []
         self.found: list[dict[str, float]] = []
+        self.patients: list[str] = []
         self.masks: dict[int, np.ndarray] = {}
         self.shapes: dict[int, tuple[int, int]] = {}
 
@@ -114,7 +117,7 @@ class ScoresCSV:
 
     def start(self, engine: Engine) -> None:
         """Forget the run before."""
-        self.rows, self.found, self.masks, self.shapes = [], [], {}, {}
+        self.rows, self.found, self.patients, self.masks, self.shapes = [], [], [], {}, {}
 
     def collect(self, engine: Engine) -> None:
         """Keep the scores of a batch.
@@ -132,6 +135,7 @@ class ScoresCSV:
                     "table the items of the dataset, and do not shuffle"
                 )
             self.found.append(dict(entry["scores"]))
+            self.patients.append(str(entry["image"].meta.get("patient") or ""))
             mask = entry.get("anomaly_mask")
             if mask is not None and mask.any():
                 array = convert_to_numpy(mask)[0] > 0
@@ -144,17 +148,18 @@ class ScoresCSV:
             name: convert_to_numpy(values).reshape(len(values), -1)
             for name, values in getattr(engine.state, "metric_details", {}).items()
         }
-        optional = [name for name in ("label", "anomaly") if any(item.get(name) is not None for item in self.items)]
+        given = [name for name in ("label", "anomaly") if any(item.get(name) is not None for item in self.items)]
         hits = {measure: dict(zip(self.masks, found.hits, strict=True)) for measure, found in located.items()}
         self.rows = []
         for number, (item, scores) in enumerate(zip(self.items, self.found, strict=True)):
-            row: dict[str, Any] = {"image": self._name(item["image"]), "patient": item.get("patient", "")}
-            row |= {name: item.get(name) for name in optional}
+            row: dict[str, Any] = {"image": self._name(item["image"]), "patient": self._patient(number)}
+            # where any item says that it is an anomaly, one that says nothing is none
+            row |= {name: item.get(name) if name == "label" else int(item.get(name) or 0) for name in given}
             row |= {name: None if math.isnan(value) else value for name, value in scores.items()}
             for measure, of_image in hits.items():
                 row[f"{measure}_hit"] = int(of_image[number][0]) if number in of_image else None
             row |= {name: float(values[number].mean()) for name, values in details.items()}
-            self.rows.append(row | dict(self.details(item) if self.details else {}))
+            self.rows.append(row | self._projection(item["image"]))
         write_table(self.path, self.rows)
         logger.info(f"{len(self.rows)} images scored -> {self.path}")
         engine.state.metrics.update(self._means())
@@ -166,16 +171,30 @@ class ScoresCSV:
                 f"localisation_{measure}_high": rate.high,
                 f"localisation_{measure}_chance": found.chance,
             }
-        without = [name for row in self.rows if row["mse_body"] is None for name in [row["image"]]]
+        without = [row["image"] for row in self.rows if row["mse_body"] is None]
         if without:
             logger.warning(
-                f"no body found in {len(without)} of {len(self.rows)} images ({without[0]} is one): their scores of the "
-                "body are empty; look at them, or lower body_threshold"
+                f"no body found in {len(without)} of {len(self.rows)} images ({without[0]} is one): their scores of "
+                "the body are empty; look at them, or lower body_threshold"
             )
 
     def _name(self, image: str) -> str:
         path = os.path.relpath(os.path.abspath(image), os.path.abspath(self.data_root)) if self.data_root else image
         return str(path).replace(os.sep, "/")
+
+    def _patient(self, number: int) -> str:
+        item = self.items[number]
+        given = str(item.get("patient") or "")
+        # the items of a folder are patients by their file names; a DICOM file knows better
+        return self.patients[number] or given if given == file_stem(str(item["image"])) else given
+
+    def _projection(self, image: str) -> dict[str, float]:
+        path = self.records.path(np.empty(0), {"filename_or_obj": image}) if self.records else None
+        if path is None or not path.is_file():
+            return {}
+        # not ProjectionRecord, which reads the noise maps: megabytes an image for two numbers
+        with np.load(path, allow_pickle=False) as record:
+            return {"projection_steps": int(record["steps"]), "projection_distance": float(record["distance"])}
 
     def _localisation(self) -> dict[str, Localisation]:
         """Per measure, of the images with a mask; empty without any."""
@@ -189,7 +208,7 @@ class ScoresCSV:
         if not self.masks:
             return {}
         masks = _Masks(tuple(self.masks.values()), tuple(self.shapes.values()))
-        names = [str(self.items[n].get("patient") or "") for n in self.masks]
+        names = [self._patient(n) for n in self.masks]
         found = {}
         for measure in MEASURES:
             fields = ("row", "column")
@@ -209,12 +228,9 @@ class ScoresCSV:
 
     def _means(self) -> dict[str, float]:
         groups = {"": self.rows}
-        classes = {str(row.get("anomaly")) for row in self.rows}
-        if {"0", "1"} <= classes:
-            groups |= {
-                "_normal": [row for row in self.rows if str(row["anomaly"]) == "0"],
-                "_anomalous": [row for row in self.rows if str(row["anomaly"]) == "1"],
-            }
+        if len({row.get("anomaly") for row in self.rows}) > 1:
+            for suffix, kind in (("_normal", 0), ("_anomalous", 1)):
+                groups[suffix] = [row for row in self.rows if row["anomaly"] == kind]
         means = {}
         for suffix, rows in groups.items():
             for name in SCORE_COLUMNS:
@@ -225,7 +241,7 @@ class ScoresCSV:
 
 
 class DetectionFigures:
-    """Adds the figures of :func:`~medgen.metrics.detection_table.detection_table` to the metrics of an evaluation.
+    """Adds the figures of :func:`~medgen.metrics.detection_table.detection_figures` to the metrics of an evaluation.
 
     Only where the scored items hold both classes (``anomaly`` 1 and 0; an item without it counts as 0); otherwise
     nothing is written. Attach it after the table that it reads.
@@ -234,7 +250,7 @@ class DetectionFigures:
         table: whose rows are judged.
         csv_path: table of the figures, a row per score.
         figure_path: ROC curves, PNG.
-        resamples: see :func:`~medgen.metrics.detection_table.detection_table`.
+        resamples: see :func:`~medgen.metrics.detection_table.detection_figures`.
         shuffles: the same.
         seed: the same.
     """
@@ -257,11 +273,11 @@ class DetectionFigures:
 
     def __call__(self, engine: Engine) -> None:
         """Compute and write."""
-        rows = [{**row, "anomaly": 0 if row.get("anomaly") is None else row["anomaly"]} for row in self.table.rows]
-        if len({str(row["anomaly"]) for row in rows}) < 2:
-            logger.info("one class of images only: no detection figures (an item of the datalist says \"anomaly\": 1)")
+        rows = self.table.rows
+        if len({row.get("anomaly") for row in rows}) < 2:
+            logger.info('one class of images only: no detection figures (they need items with "anomaly": 1 as well)')
             return
-        found = detection_table(rows, **self.settings)
+        found = detection_figures(rows, **self.settings)
         for note in found.notes:
             logger.warning(note)
         engine.state.metrics.update(found.figures)

@@ -18,6 +18,8 @@ __all__ = ["MetricsJSON"]
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 12  # figures named in the log; a detection has more than a hundred
+
 
 class MetricsJSON:
     """Writes ``engine.state.metrics`` at the end of a run, with ``n``, ``git`` and what else is given.
@@ -59,4 +61,6 @@ class MetricsJSON:
         model = {"model_sha256": engine.state.model_sha256} if hasattr(engine.state, "model_sha256") else {}
         record = {**finite, "n": n, **self.extra, **model, "git": git_revision()}
         atomic_write_text(self.path, json.dumps(record, indent=4, allow_nan=False) + "\n")
-        logger.info(", ".join(f"{name} {value:.4f}" for name, value in figures.items()) + f" (n = {n}) -> {self.path}")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in list(figures.items())[:SHOWN])
+        more = f" and {len(figures) - SHOWN} more" if len(figures) > SHOWN else ""
+        logger.info(f"{shown}{more} (n = {n}) -> {self.path}")

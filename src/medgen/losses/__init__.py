@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from medgen.losses.kl import GaussianKLLoss
 from medgen.losses.perceptual import LocalLPIPS
+from medgen.losses.projection import (
+    LPIPSProjectionLoss,
+    PixelMSSSIMLoss,
+    ProjectionLoss,
+    noise_correlation,
+    projection_loss,
+)
 from medgen.losses.stylegan2 import (
     PathLengthRegulariser,
     discriminator_loss,
@@ -14,10 +21,15 @@ from medgen.losses.stylegan2 import (
 
 __all__ = [
     "GaussianKLLoss",
+    "LPIPSProjectionLoss",
     "LocalLPIPS",
     "PathLengthRegulariser",
+    "PixelMSSSIMLoss",
+    "ProjectionLoss",
     "discriminator_loss",
     "generator_loss",
     "lazy_adam_settings",
+    "noise_correlation",
+    "projection_loss",
     "r1_penalty",
 ]

@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "permutation_test",
             "sensitivity_at_specificity",
         ],
+        "detection_table": ["detection_figures", "detection_report", "read_scores"],
         "distribution": [
             "FeatureSetMetric",
             "FrechetDistance",

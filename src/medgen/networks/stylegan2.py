@@ -509,7 +509,8 @@ class SynthesisNetwork(nn.Module):
         Raises:
             UserError: shapes do not fit, or an unknown kind of noise.
         """
-        if ws.shape[1:] not in {(self.w_dim,), (self.num_ws, self.w_dim)}:
+        # as integers: under torch.jit.trace sizes are tensors, which no set holds
+        if tuple(map(int, ws.shape[1:])) not in {(self.w_dim,), (self.num_ws, self.w_dim)}:
             raise UserError(
                 f"ws must have shape (B, {self.w_dim}) or (B, {self.num_ws}, {self.w_dim}), got {tuple(ws.shape)}; "
                 "make it with mapping"

@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
-from medgen.transforms.adaptive_augment import AUGMENT_PRESETS, AdaptiveAugment, AugmentController
+from medgen.transforms.adaptive_augment import (
+    AUGMENT_PRESETS,
+    RISE_IMAGES,
+    RISE_IMAGES_TRANSFER,
+    AdaptiveAugment,
+    AugmentController,
+)
+from medgen.transforms.anomaly import (
+    FitAnomalyMaskd,
+    FitToReferenced,
+    RestoreGridd,
+    ScoreAnomalyd,
+    default_patch,
+    pair_reconstructions,
+)
+from medgen.transforms.background import InBackground
 from medgen.transforms.channels import EnsureChannels, EnsureChannelsd
 from medgen.transforms.check import CheckImage, CheckImaged
 from medgen.transforms.resize import ResizeShorterSide, ResizeShorterSided
 from medgen.transforms.save import SaveArray, SaveArrayd, SavePNG, SavePNGd
+from medgen.transforms.save_anomaly import SaveAnomalyDICOMd, SaveMapd, SaveOverlayd
+from medgen.transforms.save_dicom import SaveDICOM, SaveDICOMd
+from medgen.transforms.save_projection import ProjectionRecord, SaveProjectiond
 
 __all__ = [
     "AUGMENT_PRESETS",
+    "RISE_IMAGES",
+    "RISE_IMAGES_TRANSFER",
     "AdaptiveAugment",
     "AugmentController",
     "CheckImage",
     "CheckImaged",
     "EnsureChannels",
     "EnsureChannelsd",
+    "FitAnomalyMaskd",
+    "FitToReferenced",
+    "InBackground",
+    "ProjectionRecord",
     "ResizeShorterSide",
     "ResizeShorterSided",
+    "RestoreGridd",
+    "SaveAnomalyDICOMd",
     "SaveArray",
     "SaveArrayd",
+    "SaveDICOM",
+    "SaveDICOMd",
+    "SaveMapd",
+    "SaveOverlayd",
     "SavePNG",
     "SavePNGd",
+    "SaveProjectiond",
+    "ScoreAnomalyd",
+    "default_patch",
+    "pair_reconstructions",
 ]

@@ -1,0 +1,150 @@
+"""A folder of generated images: what is to do, what is recorded, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medgen.data import SyntheticSet, load_datalist
+from medgen.errors import UserError
+
+
+@pytest.fixture
+def weights(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    return tmp_path / "model.pt"
+
+
+@pytest.fixture
+def make(tmp_path, weights):
+    def synthetic_set(seeds=range(5), settings=None, **changes) -> SyntheticSet:
+        return SyntheticSet(tmp_path / "out", seeds, weights, settings or {"truncation_psi": 1.0}, **changes)
+
+    return synthetic_set
+
+
+def write(samples: SyntheticSet, items=None) -> None:
+    samples.folder.mkdir(parents=True, exist_ok=True)
+    for item in samples.todo if items is None else items:
+        grey = np.full((4, 6), item["seed"], np.uint8)
+        Image.fromarray(grey).save(samples.folder / f"{item['name']}.png")
+
+
+def test_datalist_says_where_each_image_comes_from(make, tmp_path):
+    samples = make([3, 1, 3], modality="X-ray")
+    samples.begin()
+    write(samples)
+    samples.finish()
+
+    sha = hashlib.sha256(b"weights").hexdigest()
+    content = json.loads((tmp_path / "out" / "datalist.json").read_text())
+    assert content["training"] == [
+        {
+            "image": f"samples/seed{seed:06d}.png",
+            "patient": f"synthetic-{seed}",
+            "synthetic": True,
+            "seed": seed,
+            "model_sha256": sha,
+        }
+        for seed in (3, 1)
+    ]
+    assert content["modality"] == "X-ray"
+    assert content["generation"] == {
+        "truncation_psi": 1.0, "class_index": None, "file_format": "png", "model_sha256": sha,
+    }  # fmt: skip
+    assert len(load_datalist(tmp_path / "out" / "datalist.json", "training")) == 2
+
+
+def test_classes_take_turns_by_the_seed(make):
+    assert [item["label"] for item in make([0, 1, 2, 7], num_classes=3).items] == [0, 1, 2, 1]
+    assert [item["label"] for item in make([0, 1], num_classes=3, class_index=2).items] == [2, 2]
+    assert "label" not in make([0]).items[0]
+
+
+def test_grid_shows_the_samples_on_the_disk(make, tmp_path):
+    samples = make([10, 20, 30, 40, 50])
+    samples.begin()
+    write(samples)
+    samples.finish()
+
+    grid = np.asarray(Image.open(tmp_path / "out" / "images" / "grid.png"))
+    assert grid.shape == (2 * 4 + 2, 3 * 6 + 4)
+    np.testing.assert_array_equal(grid[0, [0, 8, 16]], [10, 20, 30])
+    np.testing.assert_array_equal(grid[9, [0, 8, 16]], [40, 50, 255])
+    assert (grid[4:6] == 255).all()
+
+
+def test_resume_does_what_is_missing_in_the_same_batches(make):
+    first = make(range(10), batch_size=4)
+    first.begin()
+    write(first, first.items[:6])
+
+    second = make(range(10), batch_size=4, resume=True)
+
+    second.begin()
+    assert [item["seed"] for item in second.todo] == [4, 5, 6, 7, 8, 9]
+    write(second)
+    assert make(range(10), resume=True).todo == []
+    assert [item["seed"] for item in make(range(12), resume=True).todo] == [10, 11]
+
+
+def test_a_folder_with_samples_is_refused_without_resume(make):
+    samples = make()
+    samples.begin()
+    write(samples)
+
+    with pytest.raises(UserError, match="holds 5 samples already; make the rest with --resume true"):
+        make([100])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"truncation_psi": 0.7}}, "truncation_psi 1.0, this run has 0.7"),
+        ({"file_format": "dicom"}, "file_format png, this run has dicom"),
+        ({"class_index": 1, "num_classes": 2}, "class_index None, this run has 1"),
+    ],
+)
+def test_samples_of_other_settings_are_not_resumed(make, changes, message):
+    samples = make()
+    samples.begin()
+    write(samples)
+
+    with pytest.raises(UserError, match=message):
+        make(resume=True, **changes).begin()
+
+
+def test_samples_of_other_weights_are_not_resumed(make, weights):
+    samples = make()
+    samples.begin()
+    write(samples)
+    weights.write_bytes(b"other weights")
+
+    with pytest.raises(UserError, match="were made with model_sha256"):
+        make(resume=True).begin()
+
+
+def test_samples_without_a_record_are_not_resumed(make, tmp_path):
+    samples = make()
+    samples.begin()
+    write(samples)
+    (tmp_path / "out" / "generation.json").write_text("{")
+
+    with pytest.raises(UserError, match="were made with truncation_psi None"):
+        make(resume=True).begin()
+
+
+def test_an_unknown_format_is_refused(make):
+    with pytest.raises(UserError, match="file_format must be png or dicom, got 'jpeg'"):
+        make(file_format="jpeg")
+
+
+def test_missing_weights_are_named(make, weights):
+    weights.unlink()
+
+    with pytest.raises(UserError, match=r"no weights at .*model\.pt; train the bundle first"):
+        make().begin()
