@@ -64,7 +64,7 @@ def workflow(datalist: Path) -> Callable[..., Any]:
     def make(bundle: Path, config: str, output_dir: Path, tracking: Any = None, **overrides: Any) -> ConfigWorkflow:
         config_file = [str(bundle / "configs" / f"{config}.json"), str(bundle / "configs" / "demo.json")]
         ids = ConfigParser.load_config_files(config_file)
-        short = {"max_epochs": 2, "max_images": 8, "tick_images": 4, "val_interval": 1}
+        short = {"max_epochs": 2, "max_images": 8, "tick_images": 4, "steps": 2, "val_interval": 1}
         settings = {
             "bundle_root": str(bundle),
             "datalist": str(datalist),

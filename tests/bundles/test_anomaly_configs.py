@@ -1,0 +1,244 @@
+"""stylegan2_anomaly from images to figures: inference, score, evaluate, detect."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigParser
+from PIL import Image
+
+from medgen.data import write_datalist
+from medgen.errors import find_user_error
+from medgen.networks import StyleGAN2Generator
+
+pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader:UserWarning")
+
+BUNDLE = Path(__file__).parents[2] / "bundles" / "stylegan2_anomaly"
+QUICK = {"steps": 2, "save_noise": False, "resamples": 100, "shuffles": 100}
+
+
+class KilledError(BaseException):
+    """Not an Exception: no handler gets to clean up."""
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(workflow):
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save(StyleGAN2Generator.from_preset("demo_64", out_channels=1).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def anomalies(tmp_path_factory):
+    """Six test images of as many patients, wider than high, three of them with a bright square and its mask."""
+    folder = tmp_path_factory.mktemp("anomalies")
+    random = np.random.default_rng(0)
+    items = []
+    for number in range(6):
+        grey = random.normal(110, 10, (64, 90))
+        item = {"image": f"{number}.png", "patient": f"p{number}", "label": number % 2}
+        if number % 2:
+            mask = np.zeros(grey.shape, dtype=bool)
+            mask[20:32, 30:42] = True
+            grey[mask] = 250
+            Image.fromarray(255 * mask.astype(np.uint8)).save(folder / f"mask{number}.png")
+            item |= {"anomaly": 1, "anomaly_mask": f"mask{number}.png"}
+        Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).save(folder / item["image"])
+        items.append(item)
+    splits = {"training": [], "validation": [], "test": items}
+    write_datalist(folder / "datalist.json", "squares", "X-ray", splits)
+    return folder / "datalist.json"
+
+
+@pytest.fixture(scope="module")
+def make(workflow, weights, anomalies):
+    def build(config, output_dir, **settings):
+        known = ConfigParser.load_config_files([str(BUNDLE / "configs" / f"{config}.json")])
+        quick = {name: value for name, value in QUICK.items() if name in known}
+        settings = {"model_path": weights, "datalist": str(anomalies), **quick, **settings}
+        return workflow(BUNDLE, config, output_dir, **settings)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def inferred(make, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inferred")
+    made = make("inference", folder)
+    made.initialize()
+    assert made.check_properties() == []
+    made.run()
+    return folder
+
+
+def test_inference_writes_a_row_and_pictures_for_each_image(inferred):
+    rows = read(inferred / "scores.csv")
+    assert [row["image"] for row in rows] == [f"{n}.png" for n in range(6)]
+    assert [row["anomaly"] for row in rows] == list("010101")
+    assert {row["projection_steps"] for row in rows} == {"2"}
+    for folder, kind in (("overlays", "png"), ("maps", "nii.gz")):
+        expected = {f"{n}_{measure}.{kind}" for n in range(6) for measure in ("mse", "wd")}
+        assert {file.name for file in (inferred / folder).iterdir()} == expected
+    assert not (inferred / "dicom").exists()
+
+
+def test_hit_says_whether_the_worst_patch_touches_the_square(inferred):
+    for row in read(inferred / "scores.csv")[1::2]:
+        for measure in ("mse", "wd"):
+            top, left = (int(row[f"{measure}_patch_{side}"]) for side in ("row", "column"))
+            # 64 of 90 columns from the 13th on are scored: the square stands at columns 17 to 28 there
+            touches = top < 32 and top + 16 > 20 and left < 29 and left + 16 > 17
+            assert row[f"{measure}_hit"] == str(int(touches))
+
+
+def test_killed_and_resumed_inference_ends_with_the_same_table(make, inferred, tmp_path):
+    killed = make("inference", tmp_path)
+    killed.initialize()
+    evaluator = killed.parser.get_parsed_content("evaluator")
+
+    @evaluator.on(Events.ITERATION_STARTED(once=2))
+    def kill(_):
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        killed.run()
+    assert not (tmp_path / "scores.csv").exists()
+    run(make("inference", tmp_path, resume=True))
+    assert (tmp_path / "scores.csv").read_bytes() == (inferred / "scores.csv").read_bytes()
+
+
+def test_scoring_alone_gives_the_same_scores(make, inferred, tmp_path):
+    made = make(
+        "score",
+        tmp_path,
+        reconstruction_dir=str(inferred / "reconstructions"),
+        projection_dir=str(inferred / "projections"),
+        save_overlays="false",
+        save_maps=False,
+    )
+    run(made)
+    assert made.check_properties() == []
+    assert read(tmp_path / "scores.csv") == read(inferred / "scores.csv")
+    assert not (tmp_path / "overlays").exists()
+    assert not (tmp_path / "maps").exists()
+    assert (tmp_path / "images/scored.png").is_file()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["n_anomalous"] == 3
+    assert "auroc_mse_full" in metrics
+
+
+def test_any_two_folders_can_be_scored(make, tmp_path):
+    for folder, level in (("in/p", 100), ("rec/p", 151)):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(np.full((40, 40), level, np.uint8)).save(tmp_path / folder / "a.bmp")
+    settings = {"input_dir": str(tmp_path / "in"), "reconstruction_dir": str(tmp_path / "rec"), "patch": 8}
+    run(make("score", tmp_path / "out", **settings))
+    (row,) = read(tmp_path / "out/scores.csv")
+    assert (row["image"], row["patch"]) == ("p/a.bmp", "8")
+    assert float(row["mse_full"]) == pytest.approx((51 / 255) ** 2)
+    assert float(row["wd_patch"]) == pytest.approx(51 / 255)
+
+
+def test_scoring_without_reconstructions_says_what_to_do(make, tmp_path):
+    made = make("score", tmp_path)
+    made.initialize()
+    with pytest.raises(Exception, match=r".") as caught:
+        made.run()
+    assert "6 of 6 reconstructions are missing" in find_user_error(caught.value)
+
+
+def test_senseless_patch_is_refused_before_the_projection(make, tmp_path):
+    with pytest.raises(Exception, match=r".") as caught:
+        make("inference", tmp_path, patch=0).initialize()
+    assert "patch must be a whole number of pixels" in find_user_error(caught.value)
+
+
+def test_evaluation_measures_detection_localisation_and_reconstruction(make, inferred, tmp_path):
+    made = make("evaluate", tmp_path)
+    made.initialize()
+    assert made.check_properties() == []
+    made.run()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    rows = read(tmp_path / "scores.csv")
+    assert rows == read(inferred / "scores.csv")
+    assert metrics["l1"] == pytest.approx(np.mean([float(row["l1"]) for row in rows]))
+    assert metrics["mse_patch"] == pytest.approx(np.mean([float(row["mse_patch"]) for row in rows]))
+    assert {
+        "psnr",
+        "ms_ssim",
+        "localisation_mse",
+        "auroc_wd_patch_low",
+        "delong_p_full",
+        "model_sha256",
+    } <= metrics.keys()
+    assert (metrics["n"], metrics["n_anomalous"], metrics["split"], metrics["image_size"]) == (6, 3, "test", [64, 64])
+    assert {file.name for file in (tmp_path / "images").iterdir()} == {"test.png", "roc.png"}
+    assert not (tmp_path / "overlays").exists()
+
+
+def test_evaluation_of_normal_images_has_no_detection(make, datalist, tmp_path):
+    run(make("evaluate", tmp_path, datalist=str(datalist)))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"psnr", "l1", "ms_ssim", "mse_full", "wd_patch"} <= metrics.keys()
+    assert [name for name in metrics if name.startswith(("auroc", "localisation"))] == []
+    assert {file.name for file in (tmp_path / "images").iterdir()} == {"test.png"}
+
+
+def test_detection_from_tables_alone(make, inferred, tmp_path):
+    rows = read(inferred / "scores.csv")
+    for kind in ("0", "1"):
+        with (tmp_path / f"{kind}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["patient", "mse_full", "wd_full"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in rows if row["anomaly"] == kind)
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(make("detect", one, scores=str(inferred / "scores.csv")))
+    run(make("detect", two, scores=str(tmp_path / "0.csv"), anomalous_scores=str(tmp_path / "1.csv")))
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
+    assert "auroc_mse_patch" in first
+    assert "auroc_mse_patch" not in second
+    assert second["auroc_wd_full"] == first["auroc_wd_full"]
+    assert second["permutation_p_mse_full"] == first["permutation_p_mse_full"]
+
+
+@pytest.mark.parametrize("config", ["inference", "evaluate", "score", "detect"])
+def test_overlay_changes_the_network_of_every_config(config):
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "configs" / f"{name}.json") for name in (config, "small_64")])
+    assert parser.get_parsed_content("network_def").image_size == (64, 64)
+
+
+def test_projection_settings_are_the_same_everywhere():
+    project, inference, evaluate = (
+        json.loads((BUNDLE / "configs" / f"{name}.json").read_text()) for name in ("project", "inference", "evaluate")
+    )
+    own = {"run_name", "data_root", "items", "initialize", "run"}
+    shared = {name: value for name, value in project.items() if not isinstance(value, dict | list)} | {
+        "imports": project["imports"]
+    }
+    for config, missing in ((inference, set()), (evaluate, {"input_dir", "rejected"})):
+        assert {n: config.get(n) for n in shared if n not in own | missing} == {
+            n: v for n, v in shared.items() if n not in own | missing
+        }
+    for name in ("loss", "inferer"):
+        nested = json.dumps(evaluate["project"][name]).replace("@project#", "@")
+        assert json.loads(nested) == project[name] == inference[name]

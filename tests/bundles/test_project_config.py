@@ -1,0 +1,175 @@
+"""``project.json`` as its users run it: on a folder, killed, resumed, and with their mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
+from PIL import Image
+from running import assert_one_line, command, finish, run, start
+
+from medgen.networks import StyleGAN2Generator
+from medgen.transforms import ProjectionRecord
+
+BUNDLE = Path(__file__).parents[2] / "bundles" / "stylegan2_anomaly"
+TINY = {"image_size": 16, "channel_base": 128, "channel_max": 8, "latent_dim": 8, "w_dim": 8, "num_mapping_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Weights and an overlay of a tiny generator, and one of a tiny generator with classes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, classes in (("tiny", 0), ("classes", 2)):
+        torch.manual_seed(0)
+        generator = StyleGAN2Generator(**TINY, num_classes=classes)
+        with torch.no_grad():
+            for block in generator.synthesis.blocks:
+                for layer in block.convolutions():
+                    layer.noise_strength.fill_(0.1)
+        torch.save(generator.state_dict(), folder / f"{name}.pt")
+        definition = {"_target_": "medgen.networks.StyleGAN2Generator", **TINY, "num_classes": classes}
+        (folder / f"{name}.json").write_text(json.dumps({"network_def": definition}))
+    return folder
+
+
+def make(folder: Path, output_dir: Path, datalist: Path, overlay: str = "tiny", **overrides) -> ConfigWorkflow:
+    settings = {"bundle_root": str(BUNDLE), "datalist": str(datalist), "output_dir": str(output_dir), "num_workers": 0}
+    settings |= {"model_path": str(folder / f"{overlay}.pt"), "steps": 4, "batch_size": 2, "split": "training"}
+    files = [str(BUNDLE / "configs" / "project.json"), str(folder / f"{overlay}.json")]
+    return ConfigWorkflow(files, logging_file=False, workflow_type="infer", **{**settings, **overrides})
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """All but the hidden ones: what a kill in the middle of writing leaves."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow(reason="starts four projections as processes of their own; importing MONAI alone takes seconds in each")
+def test_projection_killed_with_sigkill_and_resumed_leaves_the_same_files(folder, datalist, tmp_path):
+    # the folder's images and masks: 16 pictures in groups of 3
+    settings = {"input_dir": datalist.parent, "model_path": folder / "tiny.pt", "batch_size": 3, "steps": 120}
+    config = ["configs/project.json", str(folder / "tiny.json")]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    running = start(BUNDLE, command(config, undisturbed, **settings, resume="true"))
+    seed = int(time.time())
+    print(f"seed of the kills: {seed}")
+    rng = random.Random(seed)
+    done = 0
+    for _ in range(2):
+        process = start(BUNDLE, command(config, killed, **settings, resume="true"))
+        while process.poll() is None and len(list(killed.glob("projections/*.npz"))) <= done:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        assert process.poll() is None, "the projection was over before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        done = len(list(killed.glob("projections/*.npz")))
+        assert done < 16
+    output = finish(start(BUNDLE, command(config, killed, **settings, resume="true")))
+    assert f"projecting {16 - done // 3 * 3} of 16 images" in output  # groups that were finished are not done again
+    finish(running)
+    expected, found = files_in(undisturbed), files_in(killed)
+    assert len([name for name in expected if name.startswith("projections/")]) == 16
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_each_image_has_a_reconstruction_and_a_record(folder, datalist, tmp_path):
+    run(make(folder, tmp_path / "out", datalist))
+    items = json.loads(datalist.read_text())["training"]
+    names = {Path(item["image"]).stem for item in items}
+    assert {path.stem for path in (tmp_path / "out/projections").iterdir()} == names
+    assert {path.stem for path in (tmp_path / "out/reconstructions").iterdir()} == names
+    generator = StyleGAN2Generator(**TINY)
+    generator.load_state_dict(torch.load(folder / "tiny.pt", weights_only=True))
+    for name in names:
+        record = ProjectionRecord(tmp_path / "out/projections" / f"{name}.npz")
+        noise = [torch.from_numpy(noise)[None, None] for noise in record.noise]
+        with torch.no_grad():
+            image = generator.synthesis(torch.from_numpy(record.w)[None], noise)[0, 0]
+        saved = np.asarray(Image.open(tmp_path / "out/reconstructions" / f"{name}.png"))
+        np.testing.assert_array_equal(saved, ((image + 1) / 2).clamp(0, 1).mul(255).round().byte().numpy())
+        assert record.loss_curve.shape == (4,)
+        assert record.settings["model_sha256"]
+    assert (tmp_path / "out/images/loss_curves.png").is_file()
+
+
+def test_finished_projection_is_resumed_without_work_and_not_overwritten_unasked(folder, datalist, tmp_path):
+    run(make(folder, tmp_path / "out", datalist))
+    before = files_in(tmp_path / "out")
+    run(make(folder, tmp_path / "out", datalist, resume="true"))
+    assert files_in(tmp_path / "out") == before
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make(folder, tmp_path / "out", datalist))
+    assert_one_line(caught.value, r"4 of 4 results are in the output folder already; .*--resume true")
+
+
+def test_lost_record_is_made_again_with_its_group(folder, datalist, tmp_path):
+    run(make(folder, tmp_path / "out", datalist))
+    before = files_in(tmp_path / "out")
+    (tmp_path / "out/projections/image1.npz").unlink()
+    (tmp_path / "out/reconstructions/image1.png").unlink()
+    run(make(folder, tmp_path / "out", datalist, resume=True))
+    assert files_in(tmp_path / "out") == before
+
+
+def test_classes_come_from_the_datalist(folder, datalist, tmp_path):
+    run(make(folder, tmp_path / "out", datalist, overlay="classes", steps=1))  # one step leaves w where it starts
+    items = json.loads(datalist.read_text())["training"]
+    starts = {
+        label: {
+            ProjectionRecord(tmp_path / "out/projections" / f"{Path(item['image']).stem}.npz").w.tobytes()
+            for item in items
+            if item["label"] == label
+        }
+        for label in (0, 1)
+    }
+    assert [len(found) for found in starts.values()] == [1, 1]
+    assert starts[0] != starts[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model_path": "absent.pt"}, r"no weights at absent\.pt; .*--model_path"),
+        ({"space": "z"}, "space must be w or w\\+, got 'z'"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1, got 1.5"),
+        ({"perceptual_weights": "absent.pth"}, r"no file at absent\.pth; .*leave --perceptual_weights out"),
+        ({"resume": "perhaps"}, "a switch must be true or false, got 'perhaps'"),
+        ({"input_dir": "absent"}, "expected a folder, got absent"),
+    ],
+)
+def test_mistakes_in_the_settings_are_one_line(overrides, message, folder, datalist, tmp_path):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make(folder, tmp_path / "out", datalist, **overrides))
+    assert_one_line(caught.value, message)
+
+
+def test_other_settings_are_not_mixed_into_an_earlier_projection(folder, datalist, tmp_path):
+    run(make(folder, tmp_path / "out", datalist))
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make(folder, tmp_path / "out", datalist, resume=True, steps=5))
+    assert_one_line(caught.value, "made with steps 4, this run has 5")
+
+
+def test_published_settings_are_the_defaults_of_the_config():
+    parser = ConfigParser()
+    parser.read_config(BUNDLE / "configs" / "project.json")
+    published = {"space": "w", "steps": 1000, "initial_lr": 0.1, "noise_regularisation": 1e5, "seed": 303}
+    assert {name: parser[name] for name in published} == published
+
+
+def test_config_has_the_properties_that_monai_asks_for(folder, datalist, tmp_path):
+    workflow = make(folder, tmp_path / "out", datalist)
+    workflow.initialize()
+    assert workflow.check_properties() == []
