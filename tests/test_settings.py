@@ -7,7 +7,7 @@ import json
 import pytest
 
 from medgen.errors import UserError
-from medgen.settings import check_device, check_multiple, check_names, check_positive, check_whole, flag
+from medgen.settings import check_device, check_labelled, check_multiple, check_names, check_positive, check_whole, flag
 
 
 @pytest.fixture
@@ -89,3 +89,10 @@ def test_side_that_the_network_cannot_halve_is_refused_with_the_next_ones():
     with pytest.raises(UserError, match="image_size must be a multiple of 8, got 60; set --image_size to 56 or 64"):
         check_multiple(8, image_size=60)
     check_multiple(8, image_size=64)
+
+
+def test_folder_for_a_network_with_classes_is_refused():
+    check_labelled(None, 3)
+    check_labelled("folder", 0)
+    with pytest.raises(UserError, match="network with 3 classes needs a label .* the folder scans does not hold"):
+        check_labelled("scans", 3)

@@ -16,7 +16,7 @@ from monai.utils import ensure_tuple
 
 from medgen.errors import UserError
 
-__all__ = ["check_device", "check_multiple", "check_names", "check_positive", "check_whole", "flag"]
+__all__ = ["check_device", "check_labelled", "check_multiple", "check_names", "check_positive", "check_whole", "flag"]
 
 
 def check_names(argv: Sequence[str] | None = None) -> None:
@@ -93,6 +93,19 @@ def check_device(device: torch.device | str) -> None:
             f"device must be one of cpu{', ' if there else ''}{', '.join(there)}, got {device} "
             f"({str(error).splitlines()[0]}); set --device"
         ) from error
+
+
+def check_labelled(input_dir: str | None, num_classes: int) -> None:
+    """See that images of a network with classes come with their classes, which a folder does not hold.
+
+    Raises:
+        UserError: a folder for such a network.
+    """
+    if input_dir and num_classes:
+        raise UserError(
+            f"a network with {num_classes} classes needs a label for each image, which the folder {input_dir} does not "
+            "hold; name a --datalist whose items have labels instead of --input_dir"
+        )
 
 
 def check_positive(**settings: float) -> None:

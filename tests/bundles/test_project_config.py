@@ -53,7 +53,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-@pytest.mark.slow(reason="starts four projections as processes of their own; importing MONAI alone takes seconds in each")
+@pytest.mark.slow(
+    reason="starts four projections as processes of their own; importing MONAI alone takes seconds in each"
+)
 def test_projection_killed_with_sigkill_and_resumed_leaves_the_same_files(folder, datalist, tmp_path):
     # the folder's images and masks: 16 pictures in groups of 3
     settings = {"input_dir": datalist.parent, "model_path": folder / "tiny.pt", "batch_size": 3, "steps": 120}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def make_projector(**changes) -> StyleGAN2Projector:
 class MeanSquare(ProjectionLoss):
     """Needs no more than a line."""
 
-    settings = {"loss": "mean_square"}
+    settings: ClassVar = {"loss": "mean_square"}
 
     def prepare(self, target):
         return (target,)

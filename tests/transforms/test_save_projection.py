@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 
 import numpy as np
@@ -78,7 +79,9 @@ def test_image_is_finished_when_its_record_is_whole(weights, tmp_path):
     saver(item("/data/a.png"))
     assert make_saver(weights, tmp_path / "out").is_finished({"image": "/data/a.png"})
     whole = path.read_bytes()
-    for content in (b"", whole[: len(whole) // 2]):
+    bare = io.BytesIO()
+    np.save(bare, np.zeros(3))
+    for content in (b"", whole[: len(whole) // 2], bare.getvalue()):
         path.write_bytes(content)
         assert not saver.is_finished({"image": "/data/a.png"})
         with pytest.raises(UserError, match="no whole record of a projection"):
@@ -90,7 +93,10 @@ def test_image_is_finished_when_its_record_is_whole(weights, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {**SETTINGS, "steps": 4}}, "made with steps 3, this run has 4; resume with what it was made with"),
+        (
+            {"settings": {**SETTINGS, "steps": 4}},
+            "made with steps 3, this run has 4; resume with what it was made with",
+        ),
         ({"settings": {**SETTINGS, "loss": "other"}}, "made with loss None, this run has other"),
         ({"settings": {"space": "w", "steps": 3}}, "made with seed 303, this run has None"),
         ({"save_noise": False}, "made with save_noise True, this run has False"),

@@ -20,7 +20,8 @@ def pending_groups(
 
     The list is cut into groups of ``group_size`` from its beginning, and a group with any item to do is done wholly.
     What works through the result in batches of ``group_size`` then meets the same batches as a run that was never
-    interrupted, and so computes the same numbers to the last bit, although sums are rounded by the batch.
+    interrupted, and so computes the same numbers to the last bit, although sums are rounded by the batch. Going on with
+    another ``group_size``, as when memory ran out, is right but for that rounding.
 
     Args:
         items: all items, in their order.

@@ -23,7 +23,7 @@ from medgen.metrics.detection import SHUFFLES
 from medgen.metrics.detection_table import SCORE_COLUMNS, detection_figures, write_detection, write_table
 from medgen.metrics.intervals import CHEAP_RESAMPLES
 from medgen.metrics.reconstruction import SCALES, MultiScaleSSIM
-from medgen.transforms.save_projection import _RecordName as ProjectionNames
+from medgen.transforms.save_projection import RecordName as ProjectionNames
 
 __all__ = ["DetectionFigures", "ScoresCSV", "reconstruction_metrics"]
 

@@ -20,7 +20,7 @@ from torch import nn
 from medgen.data.stream import derive_seed
 from medgen.errors import UserError
 from medgen.losses.projection import Features, PixelMSSSIMLoss, ProjectionLoss, noise_correlation
-from medgen.networks.stylegan2 import StyleGAN2Generator, SynthesisNetwork, _class_vectors
+from medgen.networks.stylegan2 import StyleGAN2Generator, SynthesisNetwork, class_vectors
 from medgen.output import atomic_file
 
 __all__ = ["LatentStatistics", "StyleGAN2Projector", "latent_statistics"]
@@ -101,7 +101,8 @@ class StyleGAN2Projector(Inferer):
 
     Args:
         loss: distance of images; default: :class:`~medgen.losses.PixelMSSSIMLoss`.
-        space: "w": one w for all layers, as published; "w+": one for each layer.
+        space: "w": one w for all layers, as published; "w+": one for each layer, which comes nearer to any image, to
+            what is wrong with it as well.
         steps: of the optimiser.
         initial_lr: the highest learning rate.
         noise_regularisation: weight of the noise maps' autocorrelation.
@@ -337,7 +338,7 @@ class StyleGAN2Projector(Inferer):
         self, network: StyleGAN2Generator, labels: torch.Tensor | None, batch_size: int
     ) -> list[LatentStatistics]:
         """For each image that of its class; computed once for a mapping network and a class."""
-        classes_BK = _class_vectors(labels, network.num_classes, batch_size)
+        classes_BK = class_vectors(labels, network.num_classes, batch_size)
         vectors = [None] * batch_size if classes_BK is None else classes_BK.float()
         weights = _digest(network.mapping_network.state_dict().values())
         found = []

@@ -237,7 +237,7 @@ def noise_correlation(maps: Sequence[torch.Tensor]) -> torch.Tensor:
         waiting.setdefault(noise.shape[2:], []).append(noise)
     total = maps[0].new_zeros(len(maps[0]))
     while waiting:
-        size = max(waiting)
+        size = sorted(waiting)[-1]  # max() of a dictionary breaks the graph of torch.compile
         n = torch.cat(waiting.pop(size), 1)
         for axis in (2, 3):
             total = total + (n * n.roll(1, axis)).mean((2, 3)).square().sum(1)

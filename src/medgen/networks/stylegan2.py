@@ -139,7 +139,7 @@ def _check_clamp(conv_clamp: float | None) -> None:
         raise UserError(f"conv_clamp must be positive or null, got {conv_clamp}; set conv_clamp to 256 or null")
 
 
-def _class_vectors(labels: torch.Tensor | None, num_classes: int, batch_size: int) -> torch.Tensor | None:
+def class_vectors(labels: torch.Tensor | None, num_classes: int, batch_size: int) -> torch.Tensor | None:
     """Labels as (B, K) floats, or None for a network without classes."""
     if labels is None:
         if num_classes:
@@ -608,7 +608,7 @@ class StyleGAN2Generator(nn.Module):
         """
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise UserError(f"z must have shape (B, {self.latent_dim}), got {tuple(z.shape)}; draw it with torch.randn")
-        w_BW = self.mapping_network(z, _class_vectors(labels, self.num_classes, z.shape[0]))
+        w_BW = self.mapping_network(z, class_vectors(labels, self.num_classes, z.shape[0]))
         if self.training and update_w_avg:
             self.w_avg.lerp_(w_BW.detach().mean(0), 1 - W_AVG_DECAY)
         ws_BLW = w_BW[:, None].expand(-1, self.num_ws, -1)
@@ -870,7 +870,7 @@ class StyleGAN2Discriminator(nn.Module):
                 f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}; resize them or "
                 "set image_size and in_channels"
             )
-        classes_BK = _class_vectors(labels, self.num_classes, x.shape[0])
+        classes_BK = class_vectors(labels, self.num_classes, x.shape[0])
         for block in self.blocks:
             x = block(x)
         x = self.conv(minibatch_std(x.to(self.conv.weight.dtype), self.minibatch_group_size))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
@@ -24,7 +23,7 @@ __all__ = ["ProjectionRecord", "SaveProjectiond"]
 NEEDED = ("w", "loss_curve", "steps", "distance", "settings")
 
 
-class _RecordName(SaveArray):
+class RecordName(SaveArray):
     """Names records as the other files of a run are named."""
 
     suffix = ".npz"
@@ -42,16 +41,24 @@ class ProjectionRecord:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        arrays = _read(self.path)
-        if arrays is None:
-            raise UserError(f"{self.path} is no whole record of a projection; project again with --resume true")
-        self.w: np.ndarray = arrays["w"]  # (L, W)
-        self.loss_curve: np.ndarray = arrays["loss_curve"]  # (steps,), NaN after an early stop
+        arrays = self._arrays(*NEEDED)
+        self.w = arrays["w"]  # (L, W)
+        self.loss_curve = arrays["loss_curve"]  # (steps,), NaN after an early stop
         self.steps = int(arrays["steps"])
         self.distance = float(arrays["distance"])
         self.settings: dict[str, Any] = json.loads(str(arrays["settings"]))
-        names = sorted((name for name in arrays if name.startswith("noise_")), key=lambda name: int(name[6:]))
-        self.noise: list[np.ndarray] = [arrays[name] for name in names]  # (H, W) each; empty where not saved
+
+    @cached_property
+    def noise(self) -> list[np.ndarray]:
+        """Maps (H, W), read when asked for: nearly all of the file. Empty where they were not saved."""
+        arrays = self._arrays()
+        return [arrays[name] for name in sorted(set(arrays) - set(NEEDED), key=lambda name: int(name[6:]))]
+
+    def _arrays(self, *names: str) -> dict[str, np.ndarray]:
+        arrays = _read(self.path, *names)
+        if arrays is None:
+            raise UserError(f"{self.path} is no whole record of a projection; project again with --resume true")
+        return arrays
 
 
 def _read(path: Path, *names: str) -> dict[str, np.ndarray] | None:
@@ -61,7 +68,8 @@ def _read(path: Path, *names: str) -> dict[str, np.ndarray] | None:
             if not set(NEEDED) <= set(file.files):
                 return None
             return {name: file[name] for name in names or file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    # a broken or foreign file raises whatever its bytes lead to
+    except Exception:
         return None
 
 
@@ -96,7 +104,7 @@ class SaveProjectiond(MapTransform):
         save_noise: bool = True,
     ) -> None:
         super().__init__(image_key)
-        self.names = _RecordName(output_dir, data_root, inputs=inputs)
+        self.names = RecordName(output_dir, data_root, inputs=inputs)
         self.model_path, self.save_noise = Path(model_path), save_noise
         self._settings = dict(settings)
 
