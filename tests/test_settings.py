@@ -94,5 +94,5 @@ def test_side_that_the_network_cannot_halve_is_refused_with_the_next_ones():
 def test_folder_for_a_network_with_classes_is_refused():
     check_labelled(None, 3)
     check_labelled("folder", 0)
-    with pytest.raises(UserError, match="network with 3 classes needs a label .* the folder scans does not hold"):
+    with pytest.raises(UserError, match=r"network with 3 classes needs a label .* the folder scans does not hold"):
         check_labelled("scans", 3)
