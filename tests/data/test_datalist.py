@@ -471,3 +471,13 @@ def test_label_that_is_no_class_is_refused(label, got, tmp_path):
     write_datalist(tmp_path / "d.json", "n", "CT", splits, label_names=["b", "a"])
     with pytest.raises(UserError, match=rf"0.png: label must be a class from 0 to 1 or one of .*b, a.*, got {got};"):
         load_classes(tmp_path / "d.json", "training", num_classes=2)
+
+
+def test_split_that_must_be_normal_holds_no_anomaly(tmp_path):
+    items = [{"image": f"{n}.png", "patient": str(n), "anomaly": int(n == 1)} for n in range(3)]
+    for item in items:
+        (tmp_path / item["image"]).touch()
+    write_datalist(tmp_path / "d.json", "n", "CT", {"training": items, "test": items[:0]})
+    assert len(load_classes(tmp_path / "d.json", "training")) == 3
+    with pytest.raises(UserError, match=r"1 of 3 items of split training are anomalous, the first is .*1\.png; .*split"):
+        load_classes(tmp_path / "d.json", "training", normal=True)

@@ -506,7 +506,11 @@ def load_datalist(
 
 
 def load_classes(
-    datalist: str | os.PathLike, split: str, dataset_dir: str | os.PathLike | None = None, num_classes: int = 0
+    datalist: str | os.PathLike,
+    split: str,
+    dataset_dir: str | os.PathLike | None = None,
+    num_classes: int = 0,
+    normal: bool = False,
 ) -> list[Item]:
     """Items of one split as :func:`load_datalist` gives them, with labels as class indices.
 
@@ -515,14 +519,22 @@ def load_classes(
         split: ``training``, ``validation``, ``test`` or another list in it.
         dataset_dir: base of the relative paths; default: the datalist's folder.
         num_classes: of the network; 0 leaves labels as they are.
+        normal: whether the split must hold normal images alone, as what a detector of anomalies learns from must.
 
     Returns:
         The items, ``label`` from 0 to ``num_classes - 1``.
 
     Raises:
-        UserError: as :func:`load_datalist`, or an item without a label, or with one that is no class.
+        UserError: as :func:`load_datalist`, or an item without a label, or with one that is no class, or an anomalous
+            item where there must be none.
     """
     items = load_datalist(datalist, split, dataset_dir)
+    anomalous = [item["image"] for item in items if normal and item.get("anomaly")]
+    if anomalous:
+        raise UserError(
+            f"datalist {datalist}: {len(anomalous)} of {len(items)} items of split {split} are anomalous, the first is "
+            f"{anomalous[0]}; a detector learns from normal images alone: make the splits with preprocessing.split"
+        )
     if not num_classes:
         return items
     names = _read(datalist).get("label_names") or []
