@@ -7,7 +7,16 @@ import json
 import pytest
 
 from medgen.errors import UserError
-from medgen.settings import check_device, check_labelled, check_multiple, check_names, check_positive, check_whole, flag
+from medgen.settings import (
+    check_between,
+    check_device,
+    check_labelled,
+    check_multiple,
+    check_names,
+    check_positive,
+    check_whole,
+    flag,
+)
 
 
 @pytest.fixture
@@ -96,3 +105,10 @@ def test_folder_for_a_network_with_classes_is_refused():
     check_labelled("folder", 0)
     with pytest.raises(UserError, match=r"network with 3 classes needs a label .* the folder scans does not hold"):
         check_labelled("scans", 3)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, "x", True, float("nan")])
+def test_number_out_of_range_is_refused(value):
+    check_between(0, 1, a=0, b=0.5, c=1)
+    with pytest.raises(UserError, match=r"^beta0 must be a number from 0 to 1, got .*; set --beta0$"):
+        check_between(0, 1, beta0=value)

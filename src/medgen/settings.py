@@ -16,7 +16,16 @@ from monai.utils import ensure_tuple
 
 from medgen.errors import UserError
 
-__all__ = ["check_device", "check_labelled", "check_multiple", "check_names", "check_positive", "check_whole", "flag"]
+__all__ = [
+    "check_between",
+    "check_device",
+    "check_labelled",
+    "check_multiple",
+    "check_names",
+    "check_positive",
+    "check_whole",
+    "flag",
+]
 
 
 def check_names(argv: Sequence[str] | None = None) -> None:
@@ -117,6 +126,17 @@ def check_positive(**settings: float) -> None:
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{name} must be a number above 0, got {value!r}; set --{name}")
+
+
+def check_between(low: float, high: float, **settings: float) -> None:
+    """See that settings are numbers from ``low`` to ``high``.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise UserError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}; set --{name}")
 
 
 def check_whole(minimum: int = 1, **settings: int) -> None:

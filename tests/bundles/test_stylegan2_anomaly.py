@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import time
@@ -95,13 +96,21 @@ def test_pictures_show_training_images_upright_above_samples(datalist, workflow,
     assert picture[66:].std() > 5
 
 
-def test_transfer_from_a_colour_model_starts_from_it_and_raises_the_augmentation_faster(workflow, tmp_path):
+def test_transfer_starts_from_the_given_weights_with_its_own_augmentation_and_average(workflow, tmp_path):
     run(workflow(BUNDLE, "train", tmp_path / "first", max_images=4))
     settings = {"transfer_generator": str(tmp_path / "first" / "models" / "model.pt"), "freeze_d": 4}
     transferred = workflow(BUNDLE, "train", tmp_path / "second", **settings)
-    network = transferred.parser.get_parsed_content("network")
+    parser = transferred.parser
     given = torch.load(tmp_path / "first" / "models" / "model.pt", weights_only=True)
-    torch.testing.assert_close(network.state_dict(), given, rtol=0, atol=0)
+    torch.testing.assert_close(parser.get_parsed_content("network").state_dict(), given, rtol=0, atol=0)
+    torch.testing.assert_close(parser.get_parsed_content("ema").state_dict(), given, rtol=0, atol=0)
+    # ADA's rule for a transfer: the average does not begin with a half-life of a few images
+    assert parser.get_parsed_content("ema_rampup") == 0
+    before = copy.deepcopy(parser.get_parsed_content("discriminator").state_dict())
+    run(transferred)
+    moved = [n for n, v in parser.get_parsed_content("discriminator").state_dict().items() if not v.equal(before[n])]
+    assert moved
+    assert not any(name.startswith("blocks.0.") for name in moved)
 
     parser = ConfigParser()
     parser.read_config(BUNDLE / "configs" / "train.json")
@@ -132,6 +141,9 @@ def test_configuration_is_that_of_the_published_detector():
     [
         ({"preset": "stylegan3"}, r"preset must be one of .*small_64.*, got 'stylegan3'; set"),
         ({"augment": "all"}, r"augmentation preset must be one of none, bgc, radiograph, got 'all'"),
+        ({"beta0": 1.5}, r"beta0 must be a number from 0 to 1, got 1\.5; set --beta0"),
+        ({"r1_gamma": "x"}, r"r1_gamma must be a number from 0 to 1e\+12, got 'x'; set --r1_gamma"),
+        ({"path_length_weight": -1}, "path_length_weight must be a number from 0"),
         ({"max_images": 0}, "max_images must be a whole number of at least 1, got 0"),
         ({"max_images": 1}, r"an epoch must hold at least the 2 images of a step, got 1; raise --tick_images"),
         ({"num_classes": 2}, r"label must be a class from 0 to 1, got none; .*--num_classes to 0"),

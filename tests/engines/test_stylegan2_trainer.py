@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,15 @@ from ignite.engine import Events
 from monai.data import Dataset
 
 from medgen.data.stream import ResumableDataLoader, derive_seed
-from medgen.engines import STYLEGAN2_TRAINING, StyleGAN2Trainer, exponential_moving_copy, stylegan2_setting
+from medgen.engines import (
+    STYLEGAN2_TRAINING,
+    StyleGAN2Trainer,
+    batch_per_process,
+    exponential_moving_copy,
+    stylegan2_setting,
+)
 from medgen.errors import UserError
+from medgen.handlers import TrainingCheckpoint
 from medgen.losses import PathLengthRegulariser
 from medgen.networks import STYLEGAN2_PRESETS, StyleGAN2Discriminator, StyleGAN2Generator
 from medgen.transforms import AdaptiveAugment, AugmentController
@@ -234,6 +242,75 @@ def test_images_come_out_on_the_networks_scale():
     image = engine.state.output[0]["image"]
     assert image.min() < -0.9
     assert image.max() > 0.9
+
+
+@pytest.mark.parametrize("part", ["path_length", "discriminator"])
+def test_network_that_a_step_ruins_is_told_and_never_saved(part, tmp_path):
+    engine = trainer(parts(), path_length=PathLengthRegulariser(interval=2))
+    TrainingCheckpoint(tmp_path, interval=1).attach(engine)
+
+    @engine.on(Events.ITERATION_STARTED(once=3))
+    def ruin(_):  # nothing but the generator's own loss is still a number in this step
+        if part == "path_length":
+            engine.path_length.weight = math.nan
+        else:
+            engine.d_optimizer.param_groups[0]["lr"] = math.inf
+
+    with pytest.raises(
+        UserError, match=r"scalar path_length became nan|discriminator holds values that are not finite"
+    ):
+        engine.run()
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["images_seen"] == 2 * BATCH
+    for name in ("generator", "discriminator", "ema"):
+        assert all(value.isfinite().all() for value in state["components"][name].values())
+
+
+def test_one_image_a_process_is_warned_of(caplog):
+    trainer(
+        parts(), train_data_loader=ResumableDataLoader(Dataset([{"image": torch.rand(1, SIDE, SIDE)}]), batch_size=1)
+    )
+    assert "minibatch standard deviation" in caplog.text
+
+
+def test_batch_is_shared_evenly_or_not_at_all(monkeypatch):
+    assert batch_per_process(32) == 32
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert batch_per_process(32) == 4
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(UserError, match=r"6 processes cannot share the preset's 32 images .* set --batch_size"):
+        batch_per_process(32)
+
+
+def _train_in_a_group(rank: int, folder: Path) -> None:
+    """One of two processes: a step of plain descent on this rank's images, then a whole training."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    given = parts()
+    discriminator = given["discriminator"]
+    engine = trainer(given, max_epochs=1, path_length=PathLengthRegulariser(interval=2), train_data_loader=loader(n=40))
+    descent = torch.optim.SGD(discriminator.parameters(), lr=0.1)
+    image = torch.rand(4, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(rank))
+    engine._update(descent, discriminator, discriminator(image).mean())
+    torch.save(discriminator.state_dict(), folder / f"step{rank}.pt")
+    engine.run()
+    torch.save(engine.training_state(), folder / f"state{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow(reason="starts two processes, which import MONAI")
+def test_two_processes_step_by_the_mean_gradient_and_stay_one_network(tmp_path):
+    torch.multiprocessing.spawn(_train_in_a_group, (tmp_path,), nprocs=2)
+
+    discriminator = parts()["discriminator"]
+    images = [torch.rand(4, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(rank)) for rank in (0, 1)]
+    (sum(discriminator(image).mean() for image in images) / 2).backward()
+    torch.optim.SGD(discriminator.parameters(), lr=0.1).step()
+    steps, states = (
+        [torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1)] for name in ("step", "state")
+    )
+    torch.testing.assert_close(steps[0], discriminator.state_dict(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=0)
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)  # networks, optimisers, averages, path length
 
 
 def test_classes_need_labels_and_labels_reach_both_networks():

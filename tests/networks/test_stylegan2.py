@@ -303,7 +303,7 @@ def test_sizes_and_channels(size, channels, base):
         assert discriminator(image).shape == (2, 1)
 
 
-@pytest.mark.parametrize(("preset", "g_gmac", "d_gmac"), [("paper_512", 59.7, 61.6), ("auto_256", 14.9, 15.4)])
+@pytest.mark.parametrize(("preset", "g_gmac", "d_gmac"), [("stylegan2_512", 59.7, 61.6), ("auto_256", 14.9, 15.4)])
 def test_presets_have_the_published_cost(preset, g_gmac, d_gmac):
     """Convolutions only, as the public tables count them; RGB."""
     with torch.device("meta"):
@@ -509,7 +509,7 @@ def test_wrong_settings_of_one_network_fail_at_construction():
         StyleGAN2Generator(**{**TINY_G, "num_mapping_layers": 0})
     with pytest.raises(UserError, match="minibatch_group_size must be at least 1, got 0"):
         StyleGAN2Discriminator(**TINY, minibatch_group_size=0)
-    with pytest.raises(UserError, match=r"preset must be one of paper_1024, .*, got 'paper'"):
+    with pytest.raises(UserError, match=r"preset must be one of stylegan2_1024, .*, got 'paper'"):
         StyleGAN2Generator.from_preset("paper")
 
 

@@ -74,6 +74,21 @@ def test_blocks_are_matched_by_resolution_and_what_is_new_is_named(tmp_path, cap
     assert "random start for synthesis.blocks.3.conv0.weight" in caplog.text
 
 
+@pytest.mark.parametrize(("classes", "more"), [(0, 3), (3, 0)])
+def test_network_with_other_classes_keeps_what_z_means(classes, more, tmp_path):
+    source = trained(StyleGAN2Generator(num_classes=classes, **TINY_G), tmp_path / "g.pt")
+    with torch.no_grad():  # a class that says nothing
+        for name, value in source.named_parameters():
+            if name == "mapping_network.layers.0.weight":
+                value[:, 8:] = 0
+    torch.save(source.state_dict(), tmp_path / "g.pt")
+    target = transfer_stylegan2(StyleGAN2Generator(num_classes=more, **TINY_G), tmp_path / "g.pt").eval()
+    z = torch.randn(4, 8)
+    labels = torch.tensor([0, 1, 2, 0])
+    expected = source.mapping(z, labels if classes else None)
+    torch.testing.assert_close(target.mapping(z, labels if more else None), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_another_kind_of_network_is_refused(tmp_path):
     trained(StyleGAN2Discriminator(**TINY), tmp_path / "d.pt")
     with pytest.raises(UserError, match="fits only 0% of the StyleGAN2Generator's numbers; transfer from a network"):

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from medgen.engines.autoencoder import AutoencoderKLTrainer
-from medgen.engines.stylegan2 import STYLEGAN2_TRAINING, StyleGAN2Trainer, exponential_moving_copy, stylegan2_setting
+from medgen.engines.stylegan2 import (
+    STYLEGAN2_TRAINING,
+    StyleGAN2Trainer,
+    batch_per_process,
+    exponential_moving_copy,
+    stylegan2_setting,
+)
 from medgen.engines.trainer import GenerativeTrainer
 
 __all__ = [
@@ -11,6 +17,7 @@ __all__ = [
     "AutoencoderKLTrainer",
     "GenerativeTrainer",
     "StyleGAN2Trainer",
+    "batch_per_process",
     "exponential_moving_copy",
     "stylegan2_setting",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,25 +22,34 @@ from medgen.losses import PathLengthRegulariser, discriminator_loss, generator_l
 from medgen.networks import STYLEGAN2_PRESETS, StyleGAN2Discriminator, StyleGAN2Generator
 from medgen.transforms import AdaptiveAugment, AugmentController
 
-__all__ = ["STYLEGAN2_TRAINING", "StyleGAN2Trainer", "exponential_moving_copy", "stylegan2_setting"]
+__all__ = [
+    "STYLEGAN2_TRAINING",
+    "StyleGAN2Trainer",
+    "batch_per_process",
+    "exponential_moving_copy",
+    "stylegan2_setting",
+]
+
+logger = logging.getLogger(__name__)
 
 R1_INTERVAL = 16  # steps; StyleGAN2, appendix B
 STYLE_MIXING = 0.9  # StyleGAN, appendix C
 
 # One row a preset of the networks: images in a step (all processes), learning rate of both networks, β₁ of Adam, weight
-# of R1, half-life of the moving average in images, and its share of the images seen so far (0: no ramp-up).
-_COLUMNS = ("total_batch_size", "lr", "beta0", "r1_gamma", "ema_images", "ema_rampup")
+# of R1, half-life of the moving average in images, its share of the images seen so far (0: no ramp-up), and the number
+# of images whose standard deviation the discriminator sees.
+_COLUMNS = ("total_batch_size", "lr", "beta0", "r1_gamma", "ema_images", "ema_rampup", "minibatch_group_size")
 _ROWS: dict[str, tuple[Any, ...]] = {
-    # name            batch  lr     beta0  gamma    EMA    ramp
-    "paper_1024":     (32, 0.0020, 0.0, 10.0000, 10_000, 0.00),  # StyleGAN2, configuration F
-    "paper_512":      (32, 0.0020, 0.0, 10.0000, 10_000, 0.00),
-    "paper_256":      (64, 0.0025, 0.0,  1.0000, 20_000, 0.00),  # ADA, appendix C
-    "auto_512":       (64, 0.0025, 0.0,  0.8192, 20_000, 0.05),  # ADA's cfg auto, 8 GPUs: gamma 0.0002 · side² / batch
-    "auto_256":       (64, 0.0025, 0.0,  0.2048, 20_000, 0.05),
-    "anomaly_source": (32, 0.0020, 0.9, 10.0000, 10_000, 0.00),  # Woodland et al.
-    "small_64":       (16, 0.0025, 0.0,  0.2000,  5_000, 0.05),
-    "small_32":       (16, 0.0025, 0.0,  0.1000,  5_000, 0.05),
-    "demo_64":        (16, 0.0025, 0.0,  0.2000,  2_000, 0.05),
+    # name            batch  lr     beta0  gamma    EMA    ramp group
+    "stylegan2_1024": (32, 0.0020, 0.0, 10.0000, 10_000, 0.00, 4),  # StyleGAN2, configuration F; ADA's cfg stylegan2
+    "stylegan2_512":  (32, 0.0020, 0.0, 10.0000, 10_000, 0.00, 4),
+    "paper_256":      (64, 0.0025, 0.0,  1.0000, 20_000, 0.00, 8),  # ADA, appendix C
+    "auto_512":       (64, 0.0025, 0.0,  0.8192, 20_000, 0.05, 4),  # cfg auto, 8 GPUs: gamma 0.0002 · side² / batch
+    "auto_256":       (64, 0.0025, 0.0,  0.2048, 20_000, 0.05, 4),
+    "anomaly_source": (32, 0.0020, 0.9, 10.0000, 10_000, 0.00, 4),  # Woodland et al.
+    "small_64":       (16, 0.0025, 0.0,  0.2000,  5_000, 0.05, 4),
+    "small_32":       (16, 0.0025, 0.0,  0.1000,  5_000, 0.05, 4),
+    "demo_64":        (16, 0.0025, 0.0,  0.2000,  2_000, 0.05, 4),
 }  # fmt: skip
 STYLEGAN2_TRAINING: dict[str, dict[str, Any]] = {
     name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()
@@ -54,6 +65,21 @@ def stylegan2_setting(preset: str, name: str) -> Any:
     if preset not in STYLEGAN2_TRAINING:
         raise UserError(f"preset must be one of {', '.join(STYLEGAN2_PRESETS)}, got {preset!r}; set --preset")
     return STYLEGAN2_TRAINING[preset][name]
+
+
+def batch_per_process(total: int) -> int:
+    """A process's share of the images in a step, by torchrun's WORLD_SIZE.
+
+    Raises:
+        UserError: the processes cannot share them evenly.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if total % processes:
+        raise UserError(
+            f"{processes} processes cannot share the preset's {total} images of a step evenly; set --batch_size, which "
+            "is each process's own, or start another number of processes"
+        )
+    return total // processes
 
 
 def exponential_moving_copy(network: nn.Module) -> nn.Module:
@@ -146,10 +172,15 @@ class StyleGAN2Trainer(GenerativeTrainer):
                 f"ema_images and ema_rampup must be 0 or more, got {ema_images} and {ema_rampup}; set them to 10000 "
                 "and 0.05"
             )
-        if r1_interval < 1 or r1_gamma < 0:
+        if r1_interval < 1 or not r1_gamma >= 0:
             raise UserError(
                 f"r1_interval must be at least 1 and r1_gamma at least 0, got {r1_interval} and {r1_gamma}; set them "
                 "to 16 and 10"
+            )
+        if train_data_loader.batch_size < 2 <= discriminator.minibatch_group_size:
+            logger.warning(
+                "each process sees one image a step: the discriminator's minibatch standard deviation, which keeps the "
+                "generator from collapsing, has nothing to see; raise --batch_size"
             )
         discriminator.freeze_layers(freeze_d)  # a wrong number is told now, not in the first step
         self.generator, self.discriminator, self.ema = generator, discriminator, ema

@@ -103,17 +103,34 @@ class GenerativeTrainer(Trainer):
         return "float32" if isinstance(self.autocast(), nullcontext) else "bfloat16"
 
     def check_finite(self) -> None:
-        """See that the loss of the last step is a number: a training that has lost it never finds it again.
+        """See that all scalars of the last step are numbers: a training that has lost them never finds them again.
 
         Raises:
-            UserError: the loss is infinite or not a number.
+            UserError: one is infinite or not a number.
         """
-        output = self.state.output
-        if output and not math.isfinite(loss := float(output[0][Keys.LOSS])):
-            raise UserError(
-                f"the loss became {loss} at iteration {self.state.iteration}; resume from the last checkpoint, or "
-                "start again with a lower learning rate or --amp false"
-            )
+        for name, value in (self.state.output or [{}])[0].items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                continue
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {'loss' if name == Keys.LOSS else f'scalar {name}'} became {float(value)} at iteration "
+                    f"{self.state.iteration}; resume from the last checkpoint, or start again with a lower learning "
+                    "rate or --amp false"
+                )
+
+    def check_finite_weights(self) -> None:
+        """See that no network holds infinity or NaN: a step can ruin it after its own loss was computed.
+
+        Raises:
+            UserError: names the network.
+        """
+        for name, part in self.components.items():
+            values = unwrap(part).state_dict().values() if isinstance(part, nn.Module) else []
+            if not all(value.isfinite().all() for value in values if value.is_floating_point()):
+                raise UserError(
+                    f"the {name} holds values that are not finite at iteration {self.state.iteration}, which is not "
+                    "saved; resume from the last checkpoint with a lower learning rate, or choose other settings"
+                )
 
     def seed_step(self) -> None:
         """Reseed torch's generators from (seed, rank, images seen): call first in every ``_iteration``."""

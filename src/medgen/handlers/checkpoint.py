@@ -139,9 +139,10 @@ class TrainingCheckpoint:
         """Write ``last.pt``; the former one becomes ``previous.pt``.
 
         Raises:
-            UserError: the loss is not a number; the checkpoint before stays as it is.
+            UserError: a loss or a weight is not a number; the checkpoint before stays as it is.
         """
         engine.check_finite()
+        engine.check_finite_weights()
         if idist.get_rank() > 0:
             return
         last = self.folder / "last.pt"

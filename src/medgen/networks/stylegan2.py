@@ -46,8 +46,8 @@ _COLUMNS = (
 )  # fmt: skip
 _ROWS: dict[str, tuple[Any, ...]] = {
     # name             size   base  max    Z    W  map bf16  clamp
-    "paper_1024":     (1024, 32768, 512, 512, 512,   8,   0,  None),  # StyleGAN2, configuration F
-    "paper_512":      ( 512, 32768, 512, 512, 512,   8,   0,  None),  # the same at 512: cfg stylegan2 with fp32
+    "stylegan2_1024": (1024, 32768, 512, 512, 512,   8,   0,  None),  # StyleGAN2, configuration F
+    "stylegan2_512":  ( 512, 32768, 512, 512, 512,   8,   0,  None),  # the same at 512: cfg stylegan2 with fp32
     "paper_256":      ( 256, 16384, 512, 512, 512,   8,   4, 256.0),  # ADA's at 256: half the width
     "auto_512":       ( 512, 32768, 512, 512, 512,   2,   4, 256.0),  # cfg auto: two mapping layers
     "auto_256":       ( 256, 16384, 512, 512, 512,   2,   4, 256.0),
@@ -921,6 +921,8 @@ def transfer_stylegan2(
             name = f"blocks.{int(match[1]) + offset}.{match[2]}"
         if name in own:
             value = _image_channels(name, value, own[name].shape)
+            if name == "mapping_network.layers.0.weight" and isinstance(network, StyleGAN2Generator):
+                value = _class_columns(value, own[name].shape[1], network.latent_dim)
             if value.shape == own[name].shape:
                 taken[name] = value
     share = sum(value.numel() for value in taken.values()) / sum(value.numel() for value in own.values())
@@ -938,6 +940,15 @@ def transfer_stylegan2(
 
 def _depth(state: Mapping[str, torch.Tensor]) -> int:
     return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
+def _class_columns(weight: torch.Tensor, width: int, latent_dim: int) -> torch.Tensor:
+    """The mapping's first weight with or without the columns of a class embedding, so that w stays what it was."""
+    if weight.shape[1] == width or latent_dim not in (weight.shape[1], width):
+        return weight
+    # the equalised layer divides by the root of its width; classes begin without influence
+    of_z = weight[:, :latent_dim] * math.sqrt(width / weight.shape[1])
+    return F.pad(of_z, (0, width - latent_dim))
 
 
 def _image_channels(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
