@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -130,10 +131,11 @@ class Outcome:
         view: DICOM ViewPosition; empty if the file does not say.
         colour: whether the PNGs have three channels.
         final: False if trying again may help (a disk error, too little memory).
-        key: size and time of change of the source, which tell whether it is still the same; None if it has gone.
+        key: :func:`file_key` of the source, which tells whether it is still the same; None if it has gone.
         bytes: size of each file written.
         items: datalist items, of a command that knows more of an image than its file's name and patient.
-        used: other source files that were read, such as masks: path, size and time of change of each.
+        used: other files that decided the outcome, such as masks: path, the two numbers of :func:`file_key` (None and
+            None for one that was looked for in vain), and what the command knows of it.
     """
 
     file: str
@@ -393,15 +395,21 @@ def make_jobs(source: Path, files: Iterable[str], names: Iterable[str] | None = 
 # the journal: one line of settings, then one line for each file that is finished
 
 
-def prepare_target(source: Path, target: Path, settings: Task) -> None:
+def prepare_target(source: Path, target: Path, settings: Task, *, inside: bool = False) -> None:
     """Make the target folder, or see that it was begun by the same command.
+
+    Args:
+        source: folder of the source files.
+        target: folder of the converted dataset.
+        settings: what decides the pixels.
+        inside: whether the target may lie inside the source, since a datalist and no listing says what is read.
 
     Raises:
         UserError: if the target lies inside the source, cannot be written to, was made with other settings, or holds
             files that no such command made.
     """
     source, target = source.resolve(), target.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target / "images"):
+    if (target.is_relative_to(source) and not inside) or source.is_relative_to(target / "images"):
         raise UserError(f"--target must lie outside of --source {source}, got {target}; choose another folder")
     journal = target / JOURNAL
     try:
@@ -446,19 +454,29 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def file_key(path: str | Path) -> tuple[int, int] | None:
-    """Size and time of change of a file; None if there is none."""
+    """Size and time of change of a file, or a digest of them for the files in a folder; None if there is none."""
     try:
-        status = os.stat(path)
+        if not os.path.isdir(path):
+            status = os.stat(path)
+            return status.st_size, status.st_mtime_ns
+        # a folder's own time of change tells of files that came or went, not of those written anew
+        listing = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.is_file():
+                    status = entry.stat()
+                    listing.append((os.fsencode(entry.name).hex(), status.st_size, status.st_mtime_ns))
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
+    digest = hashlib.sha256(json.dumps(sorted(listing)).encode()).digest()
+    return sum(size for _, size, _ in listing), int.from_bytes(digest[:6])
 
 
 def _holds(outcome: Outcome, path: str, target: Path) -> bool:
     """Whether the source is still the one that was converted, and its PNGs still what was written."""
     if outcome.key is None or file_key(path) != outcome.key:
         return False
-    if any(file_key(used) != (size, changed) for used, size, changed in outcome.used):
+    if any((file_key(used) or (None, None)) != (size, changed) for used, size, changed, *_ in outcome.used):
         return False
     found = [file_key(target / image) for image in outcome.images]
     return [status and status[0] for status in found] == list(outcome.bytes)
@@ -649,9 +667,9 @@ def new_app(command: Callable[..., int], description: str) -> typer.Typer:
     """A typer application of one command, whose help is the description; its tables are kept as they are."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     paragraphs = description.replace("``", "").split("\n\n")
-    # a backspace in front tells click not to fill the paragraph
     # options may be written with either: --dataset_dir is how MONAI's bundles have it, --dataset-dir how shells do
     either = {"token_normalize_func": lambda token: token.replace("_", "-")}
+    # a backspace in front tells click not to fill the paragraph
     text = "\n\n".join(f"\b\n{p}" if p.lstrip().startswith(("===", "python -m")) else p for p in paragraphs)
     app.command(help=text, context_settings=either)(command)
     return app

@@ -21,14 +21,19 @@ ascites fluid along the inner abdominal wall, grey as --fluid (CT slices)       
 
 The last five have a mask, TARGET/masks/<kind>: 255 for every pixel they touch, the needle's streaks left out. Their
 edges are antialiased, metal is saturated: --contrast 1 is white, less lets the image shine through. Place and shape
-are drawn from the seed, the kind and the image's name alone, away from where the image is white already.
+are drawn from the seed, the kind and the image's name alone: what is bright away from where the image is white already,
+fluid beside bone and never on it. An image is rejected for a kind that would not be seen in it, or change no pixel.
 
 Values are rounded to the nearest grey level; gan_anom_detect, whose noise and blur the defaults are, cut them off,
 which makes copies half a level darker on average.
 
 Items of the datalist have anomaly: 1, corruption (the kind), severity, anomaly_mask, source (the image in its own
 dataset), the patient and all other fields of the source. With --keep-originals the images themselves come along, with
-anomaly: 0, so that the datalist is ready for a test; images from --split test stand in test.
+anomaly: 0, so that the datalist is ready for a test. Whatever --split says, copies stand in test, and with them all
+else of their patients: nothing may learn from what is anomalous.
+
+--dataset_dir is where the paths of the source's datalist start from, if not from its folder; preprocessing.split prints
+it.
 
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
 usage; 130 interrupted.
@@ -43,7 +48,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import typer
@@ -57,6 +62,7 @@ from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.errors import UserError
 from medgen.metrics.anomaly import body_region
 from preprocessing import _convert as c
+from preprocessing.split import assign_splits
 
 __all__ = ["GLOBAL", "LOCAL", "Corruption", "Kind", "app", "corrupt", "corrupt_dataset", "gaussian_blur"]
 
@@ -67,6 +73,7 @@ BODY_THRESHOLD = 0.04  # JPEG and noise leave the air around a patient not quite
 BONE = 0.8  # bone is brighter, in the window that ascites is seen in
 TRIES = 12  # places that are drawn for an insert before the darkest of them is taken
 VISIBLE = 0.35  # an insert that brightens the image by so much on average is seen
+FAINTEST = 0.05  # one that changes what it covers by less, at --contrast 1, is not there for any eye
 PATHS = ("image", "mask", "anomaly_mask")  # of the source's items; they do not hold for the copies
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
@@ -84,6 +91,13 @@ class Kind(StrEnum):
 
 
 GLOBAL = (Kind.noise, Kind.blur)  # the whole image is corrupted, so there is no mask
+NAMES = {
+    Kind.line: "a line",
+    Kind.disc: "a disc",
+    Kind.device: "a device",
+    Kind.needle: "a needle",
+    Kind.ascites: "ascites",
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,8 @@ def corrupt(
         for ``noise`` and ``blur``.
 
     Raises:
-        UnreadableImageError: a needle or ascites in an image that shows no body.
+        UnreadableImageError: a needle or ascites in an image that shows no body, or an insert that would not be seen
+            wherever it was tried.
     """
     kind, settings = Kind(kind), settings or Corruption()
     pixels = np.asarray(pixels, dtype=np.float32)
@@ -190,16 +205,41 @@ def _laid_over(cover: np.ndarray, level: float | np.ndarray = 1.0) -> Callable[[
     return apply
 
 
-def _brightest(grey: np.ndarray, draw: Callable[[], np.ndarray]) -> np.ndarray:
-    """The first cover drawn that brightens the image visibly, else the one that does most: white on white is none."""
+_Drawn = TypeVar("_Drawn", bound=tuple)
+
+
+def _check_seen(kind: Kind, cover: np.ndarray, change: np.ndarray) -> None:
+    """Refuse an insert that changes what it covers, by ``change`` at full contrast, too little to be seen."""
+    if (cover * np.abs(change)).sum() <= FAINTEST * cover.sum():
+        raise UnreadableImageError(
+            f"no place where {NAMES[kind]} would be visible: what lies there is as bright, or leaves no room"
+        )
+
+
+def _brightest(kind: Kind, grey: np.ndarray, draw: Callable[[], _Drawn]) -> _Drawn:
+    """The first cover drawn that brightens the image visibly, else the one that does most; with what is drawn beside.
+
+    Args:
+        kind: what is drawn.
+        grey: (H, W) in [0, 1].
+        draw: gives a cover (H, W) in [0, 1] and whatever else belongs to it.
+
+    Returns:
+        What ``draw`` gave.
+
+    Raises:
+        UnreadableImageError: if none can be seen: white on white.
+    """
     best, most = None, -1.0
     for _ in range(TRIES):
-        cover = draw()
+        drawn = draw()
+        cover = drawn[0]
         gain = float((cover * (1 - grey)).sum() / max(cover.sum(), 1e-6))
         if gain > most:
-            best, most = cover, gain
+            best, most = drawn, gain
         if most >= VISIBLE:
             break
+    _check_seen(kind, best[0], 1 - grey)
     return best
 
 
@@ -233,23 +273,24 @@ def _place(shape: tuple[int, int], rng: np.random.Generator, margin: float = 0.2
 def _line(grey: np.ndarray, rng: np.random.Generator, settings: Corruption) -> _Insert:
     side = min(grey.shape)
 
-    def draw() -> np.ndarray:
+    def draw() -> tuple[np.ndarray]:
         angle, middle = rng.uniform(0, np.pi), _place(grey.shape, rng, 0.25)
         half = rng.uniform(0.075, 0.2) * side * np.array([np.cos(angle), np.sin(angle)])
-        return _tube(grey.shape, np.stack([middle - half, middle + half]), max(rng.uniform(0.003, 0.006) * side, 0.5))
+        ends = np.stack([middle - half, middle + half])
+        return (_tube(grey.shape, ends, max(rng.uniform(0.003, 0.006) * side, 0.5)),)
 
-    cover = _brightest(grey, draw)
+    (cover,) = _brightest(Kind.line, grey, draw)
     return _laid_over(settings.contrast * cover), cover > 0
 
 
 def _disc(grey: np.ndarray, rng: np.random.Generator, settings: Corruption) -> _Insert:
     side = min(grey.shape)
 
-    def draw() -> np.ndarray:
+    def draw() -> tuple[np.ndarray]:
         centre = _place(grey.shape, rng)
-        return _tube(grey.shape, np.stack([centre, centre]), rng.uniform(0.03, 0.08) * side)
+        return (_tube(grey.shape, np.stack([centre, centre]), rng.uniform(0.03, 0.08) * side),)
 
-    cover = _brightest(grey, draw)
+    (cover,) = _brightest(Kind.disc, grey, draw)
     return _laid_over(settings.contrast * cover), cover > 0
 
 
@@ -263,7 +304,7 @@ def _device(grey: np.ndarray, rng: np.random.Generator, settings: Corruption) ->
         length = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(knots, axis=0).T))])
         return PchipInterpolator(length, knots)(np.linspace(0, length[-1], 48))
 
-    def draw() -> np.ndarray:
+    def draw() -> tuple[np.ndarray]:
         # devices lie mostly at the left shoulder, which is on the right of the image
         left = rng.random() < 0.75
         x, y = rng.uniform(0.72, 0.82), rng.uniform(0.18, 0.30)
@@ -288,9 +329,9 @@ def _device(grey: np.ndarray, rng: np.random.Generator, settings: Corruption) ->
                 [(x - 0.02, y + 0.03), (x - 0.06, y - 0.08), (0.56, y - 0.08), (0.47, y + 0.1), (0.46, 0.5)]
             )
             cover = np.maximum(cover, 0.8 * _tube(grey.shape, catheter, 0.003 * side + 0.2))
-        return cover if left else cover[:, ::-1]
+        return (cover if left else cover[:, ::-1],)
 
-    cover = _brightest(grey, draw)
+    (cover,) = _brightest(Kind.device, grey, draw)
     return _laid_over(settings.contrast * cover), cover > 0
 
 
@@ -316,7 +357,7 @@ def _needle(grey: np.ndarray, rng: np.random.Generator, settings: Corruption) ->
     side = min(grey.shape)
     middle = np.argwhere(body).mean(axis=0)[::-1]
 
-    def draw() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw() -> tuple[np.ndarray, np.ndarray, float]:
         # from the front or the sides: the patient lies on his back
         angle = rng.uniform(-np.pi - 0.3, 0.3)
         outward = np.array([np.cos(angle), np.sin(angle)])
@@ -328,13 +369,15 @@ def _needle(grey: np.ndarray, rng: np.random.Generator, settings: Corruption) ->
         inside[seen] = body[rows[seen], columns[seen]]
         skin = steps[np.flatnonzero(inside).max(initial=0)]
         tip = aim + rng.uniform(0.0, 0.45) * (skin - aim)
-        return skin + 0.06 * side * outward, tip, outward
+        start = skin + 0.06 * side * outward
+        radius = max(rng.uniform(0.004, 0.007) * side, 0.5)
+        # the streaks are dark beside the shaft and beyond the tip
+        path = np.stack([start, tip - 0.15 * side * outward])
+        return _tube(grey.shape, np.stack([start, tip]), radius), path, radius
 
-    start, tip, outward = draw()
-    radius = max(rng.uniform(0.004, 0.007) * side, 0.5)
-    metal = _tube(grey.shape, np.stack([start, tip]), radius)
-    # beam hardening and photon starvation: dark beside the shaft and beyond the tip, fading with the distance
-    shaft = _tube(grey.shape, np.stack([start, tip - 0.15 * side * outward]), 2.2 * radius)
+    metal, path, radius = _brightest(Kind.needle, grey, draw)
+    # beam hardening and photon starvation, fading with the distance
+    shaft = _tube(grey.shape, path, 2.2 * radius)
     streaks = gaussian_filter(shaft, max(1.2 * radius, 0.7)) * body
     dark = settings.contrast * 0.35 * streaks
 
@@ -369,6 +412,7 @@ def _ascites(grey: np.ndarray, rng: np.random.Generator, settings: Corruption) -
     # the noise of the image: 1.4826 times the median absolute difference from a smoothed copy
     soft = body & (grey > 0.1) & ~bone
     noise = 1.4826 * float(np.median(np.abs(grey - gaussian_filter(grey, 1))[soft])) if soft.any() else 0.0
+    _check_seen(Kind.ascites, cover, settings.fluid - grey)
     level = settings.fluid + noise * rng.standard_normal(grey.shape)
     return _laid_over(cover, level), cover > 0
 
@@ -424,7 +468,11 @@ class _Task:
             except UnreadableImageError as error:
                 reasons.append(f"{kind}: {error}")
                 continue
-            item = {"image": write(c.quantise(changed, wide), f"images/{kind}/{job.stem}.png"), "anomaly": 1}
+            picture = c.quantise(changed, wide)
+            if np.array_equal(picture, c.quantise(pixels, wide)):
+                reasons.append(f"{kind}: changes no pixel of this image by a grey level at this severity")
+                continue
+            item = {"image": write(picture, f"images/{kind}/{job.stem}.png"), "anomaly": 1}
             if mask is not None:
                 item["anomaly_mask"] = write(mask.astype(np.uint8) * 255, f"masks/{kind}/{job.stem}.png")
             items.append({**item, "corruption": str(kind), "severity": self.corruption.severity(kind)})
@@ -435,14 +483,19 @@ class _Task:
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-def _read_source(source: Path, split: str) -> tuple[Path, dict[str, list[dict[str, Any]]], dict[str, Any]]:
+def _read_source(
+    source: Path, split: str, dataset_dir: Path | None
+) -> tuple[Path, dict[str, list[dict[str, Any]]], dict[str, Any]]:
     """Root of the images, items per split, and the datalist's other keys; items that are anomalous are left out."""
     datalist = source / "datalist.json" if source.is_dir() else source
     if source.is_dir() and not datalist.is_file():
         files = [file for file in list_files(source) if file.lower().endswith(SUFFIXES)]
         if not files:
             raise UserError(f"expected a datalist.json or pictures below --source {source}, got none")
-        return source, {"test": [{"image": file, "patient": file_stem(file)} for file in files]}, {}
+        if dataset_dir is not None:
+            raise UserError(f"--dataset_dir needs a datalist, got a folder of pictures, {source}; leave it out")
+        items = [{"image": file, "patient": file_stem(file)} for file in files]
+        return source, {"test": items}, {"name": source.resolve().name}
     content = validate_datalist(datalist)
     there = [name for name, items in content.items() if items and isinstance(items, list) and "image" in items[0]]
     if split != "all" and split not in there:
@@ -452,7 +505,15 @@ def _read_source(source: Path, split: str) -> tuple[Path, dict[str, list[dict[st
     left = sum(map(len, splits.values())) - sum(map(len, healthy.values()))
     if left:
         print(f"note: {left} images that are anomalous already are left out", file=sys.stderr)
-    return datalist.parent, healthy, {key: value for key, value in content.items() if key not in there}
+    root = datalist.parent if dataset_dir is None else dataset_dir
+    images = [item["image"] for items in healthy.values() for item in items]
+    if images and not any((root / image).is_file() for image in images):
+        raise UserError(
+            f"{root / images[0]} and all other images of {datalist} are not found; set --dataset_dir to the folder "
+            "that its paths start from"
+        )
+    head = {key: value for key, value in content.items() if key not in there}
+    return root, healthy, {"name": datalist.resolve().parent.name, **head}
 
 
 def _kept(item: dict[str, Any]) -> dict[str, Any]:
@@ -466,6 +527,9 @@ def corrupt_dataset(
     target: c.Target,
     kind: Annotated[list[Kind], typer.Option(help="How to corrupt; may be repeated; see above.", show_default=False)],
     split: Annotated[str, typer.Option(help="Split of the source's datalist that is taken, or all.")] = "test",
+    dataset_dir: Annotated[
+        Path | None, typer.Option(help="Where the datalist's paths start from; default: its folder.")
+    ] = None,
     one_each: Annotated[
         bool, typer.Option("--one-each", help="One copy of each image, of a kind drawn, instead of one per kind.")
     ] = False,
@@ -491,23 +555,30 @@ def corrupt_dataset(
     corruption = Corruption(variance, kernel, contrast, fluid)
     kinds = tuple(str(k) for k in Kind if k in kind)
     task = _Task("corrupt", kinds, one_each, keep_originals, corruption, seed)
-    root, splits, head = _read_source(source, split)
+    root, splits, head = _read_source(source, split, dataset_dir)
     rows = {item["image"]: item for items in splits.values() for item in items}
     files = sorted(rows, key=natural_key)
     jobs = c.make_jobs(root, files, [file.removeprefix("images/") for file in files])
-    c.prepare_target(root, target, task)
+    c.prepare_target(root, target, task, inside=dataset_dir is not None)
     outcomes = c.convert(jobs, task, target, workers)
 
     # job.file is the printable form of the path
     by_image = {file: outcomes[job.file] for file, job in zip(files, jobs, strict=True)}
-    written = {}
-    for part, items in splits.items():
-        written[part] = [
-            {"image": copy["image"], **_kept(item), "source": item["image"], **copy}
-            for item in items
-            for copy in by_image[item["image"]].items
-        ]
-        written[part].sort(key=lambda item: natural_key(item["image"]))
+    copies = [
+        {"image": copy["image"], **_kept(item), "source": item["image"], **copy, "split": part}
+        for part, items in splits.items()
+        for item in items
+        for copy in by_image[item["image"]].items
+    ]
+    moved = sum(bool(copy["anomaly"]) and copy["split"] != "test" for copy in copies)
+    if moved:
+        print(
+            f"note: {moved} copies of images of other splits stand in test, with all else of their patients; do not "
+            "test a detector with them that has learnt from these patients",
+            file=sys.stderr,
+        )
+    assigned, _ = assign_splits(copies)
+    written = {part: items for part, items in assigned.items() if items or part == "test"}
     rejected = {file: outcome.reason for file, outcome in by_image.items() if outcome.reason}
     labels = {"label_names": head["label_names"]} if "label_names" in head else {}
     return c.finish(
@@ -517,6 +588,7 @@ def corrupt_dataset(
         written,
         rejected,
         corruptions={k: corruption.severity(Kind(k)) for k in kinds},
+        source_name=head["name"],
         **labels,
     )
 

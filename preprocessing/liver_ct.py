@@ -16,20 +16,25 @@ gan_anom_detect trained on. Values are clipped to --level ± --width / 2, by def
 becomes black to white: the same tissue is the same grey in every image. --per-slice-minmax stretches each slice to its
 own darkest and brightest pixel instead, as gan_anom_detect did; the liver's grey then depends on whether bone, contrast
 medium or a needle is in the slice, and what is anomalous changes pixels far from it. --format nifti writes slices in
-HU, clipped, to <name>_<slice>.nii.gz.
+HU, clipped, to <name>_<slice>.nii.gz, the window in cal_min and cal_max of the header, by which the bundles read the
+same greys as from the PNGs.
 
-A mask or anomaly file belongs to the volume of the same name: that of the NIfTI file, the DICOM folder, the PatientID
-or the SeriesInstanceUID; mask and volume must have the same voxels, in whatever orientation each is stored. LiTS' pairs
-volume-1, segmentation-1 and suffixes _seg, _mask and _label are known. Any value but 0 is liver; --mask-label picks
-some of a segmentation of many organs.
+A mask or anomaly file is called like its volume: the SeriesInstanceUID, the path of the NIfTI file or DICOM folder
+below --source (case1/imaging.nii.gz), its name alone, or the PatientID, whichever is there first. A file that two
+volumes would take belongs to neither, and both are rejected. Mask and volume must have the same voxels, in whatever
+orientation each is stored. LiTS' pairs volume-1, segmentation-1 and suffixes _seg, _mask and _label are known. Any
+value but 0 is liver; --mask-label picks some of a segmentation of many organs.
 
-The patient is what --patient, a regular expression, finds in the path, else DICOM's PatientID or the NIfTI file's
-name. Items have volume, slice, mask (of the liver, or without --masks of the body; see --mask), and with --anomalies
-anomaly (0 or 1) and anomaly_mask. Splits are by patient; patients with anomalies are all in test.
+The patient is what --patient, a regular expression, finds in the path, else DICOM's PatientID, else the name of the
+NIfTI file or folder; where two are called alike, the path. Items have volume, slice, mask (of the liver, or without
+--masks of the body; see --mask), and with --anomalies anomaly (0 or 1) and anomaly_mask. Splits are by patient;
+patients with anomalies are all in test.
 
 A series is rejected, with the reason, when slices are missing, unequally spaced, doubled, of several sizes or
 orientations, or no CT in Hounsfield units. Several series of one folder are volumes of their own. A tilted gantry is no
 hindrance: slices are taken as they were acquired.
+
+The same command again converts what is new or has changed: volumes, masks and anomaly files.
 
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
 usage; 130 interrupted.
@@ -37,13 +42,14 @@ usage; 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +68,7 @@ from medgen.metrics.anomaly import body_region
 from preprocessing import _convert as c
 from preprocessing.split import assign_splits
 
-__all__ = ["Volume", "app", "convert_liver_ct", "read_nifti", "read_series"]
+__all__ = ["Volume", "app", "convert_liver_ct", "read_nifti"]
 
 LEVEL, WIDTH = 50.0, 350.0  # HU; gan_anom_detect
 BODY_HU = -300.0
@@ -71,6 +77,8 @@ NOT_DICOM = (".csv", ".json", ".txt", ".xml", ".md", ".html", ".pdf", ".png", ".
 NIFTI = (".nii", ".nii.gz")
 # a mask's name, of a volume called {0}
 MASK_NAMES = ("{0}", "{0}_seg", "{0}-seg", "{0}_mask", "{0}_label", "{0}_liver", "{0}_segmentation")
+PLACE = "ImagePositionPatient"
+GEOMETRY = {PLACE: 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}  # numbers of each
 SAME_POSITION = 0.01  # mm
 SPACING_TOLERANCE = 0.1  # of the distance of slices; scanners round positions
 SAME_GRID = 0.05  # mm between voxels of a volume and its mask: tools round affines
@@ -108,13 +116,13 @@ class Volume:
         hu: (X, Y, Z) float32.
         affine: voxels to mm in the same directions.
         patient: PatientID; empty if the file does not say.
-        names: what files that belong to it may be called.
+        series: SeriesInstanceUID; empty if the file does not say.
     """
 
     hu: np.ndarray
     affine: np.ndarray
     patient: str = ""
-    names: tuple[str, ...] = ()
+    series: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,24 +162,7 @@ def read_nifti(path: Path, *, is_mask: bool = False) -> Volume:
         raise UnreadableImageError("the NIfTI affine maps two axes onto one; mend its sform or qform")
     if not is_mask:
         _check_hounsfield(values)
-    return _upright(values, image.affine, names=(file_stem(path.name),))
-
-
-def read_series(files: Sequence[Path]) -> Volume:
-    """Read the slices of one DICOM series.
-
-    Args:
-        files: its files, in any order; they are sorted by their positions along the slices' normal.
-
-    Returns:
-        The volume.
-
-    Raises:
-        UnreadableImageError: if slices are missing, doubled or of several kinds, cannot be decoded, or are no CT; the
-            message is the reason.
-    """
-    heads = [(file, _header(file)) for file in files]
-    return _assemble([(file, head) for file, head in heads if head is not None])
+    return _upright(values, image.affine)
 
 
 def _header(file: Path) -> pydicom.Dataset | None:
@@ -189,11 +180,21 @@ def _header(file: Path) -> pydicom.Dataset | None:
         return None
 
 
+def _numbers(head: pydicom.Dataset, keyword: str, count: int) -> np.ndarray | None:
+    """Values of an element, (count,) float; None if it lacks them: headers hold empty, short and wordy ones."""
+    try:
+        values = np.array(head.get(keyword), float).ravel()
+    except (TypeError, ValueError):
+        return None
+    return values if len(values) == count and np.isfinite(values).all() else None
+
+
 def _assemble(slices: Sequence[tuple[Path, pydicom.Dataset]]) -> Volume:
+    """The volume of one series' slices, given in any order and sorted by their positions along the slices' normal."""
     slices = _checked(slices)
     first = slices[0][1]
-    row, column = np.array(first.ImageOrientationPatient, float).reshape(2, 3)
-    positions = np.array([head.ImagePositionPatient for _, head in slices], float)
+    row, column = _numbers(first, "ImageOrientationPatient", 6).reshape(2, 3)
+    positions = np.array([_numbers(head, "ImagePositionPatient", 3) for _, head in slices])
     order = np.argsort(positions @ np.cross(row, column), kind="stable")
     slices, positions = [slices[n] for n in order], positions[order]
     _check_spacing(positions @ np.cross(row, column))
@@ -215,21 +216,24 @@ def _assemble(slices: Sequence[tuple[Path, pydicom.Dataset]]) -> Volume:
             raise
         except Exception as error:  # decoders of damaged bytes raise anything
             raise UnreadableImageError(f"{file.name} cannot be decoded: {c.one_line(error)}") from error
+        if stored.shape != values.shape[1::-1]:
+            raise UnreadableImageError(f"{file.name} is no grey slice of {first.Columns}×{first.Rows} pixels")
         values[:, :, number] = stored.T * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
     _check_hounsfield(values)
 
     affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = row * float(first.PixelSpacing[1]), column * float(first.PixelSpacing[0])
+    down, across = _numbers(first, "PixelSpacing", 2)
+    affine[:3, 0], affine[:3, 1] = row * across, column * down
     if len(slices) > 1:
         # not the normal: under a tilted gantry the slices are displaced in their planes
         affine[:3, 2] = (positions[-1] - positions[0]) / (len(slices) - 1)
     else:
-        affine[:3, 2] = np.cross(row, column) * float(first.get("SliceThickness") or 1)
+        thickness = _numbers(first, "SliceThickness", 1)
+        affine[:3, 2] = np.cross(row, column) * (1.0 if thickness is None or thickness <= 0 else thickness)
     affine[:3, 3] = positions[0]
     lps_to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
-    patient = str(first.get("PatientID") or "")
-    names = tuple(name for name in (patient, str(first.SeriesInstanceUID)) if name)
-    return _upright(values, lps_to_ras @ affine, patient, names)
+    known = {"patient": str(first.get("PatientID") or ""), "series": str(first.get("SeriesInstanceUID") or "")}
+    return replace(_upright(values, lps_to_ras @ affine), **known)
 
 
 def _checked(slices: Sequence[tuple[Path, pydicom.Dataset]]) -> list[tuple[Path, pydicom.Dataset]]:
@@ -237,24 +241,22 @@ def _checked(slices: Sequence[tuple[Path, pydicom.Dataset]]) -> list[tuple[Path,
     modalities = sorted({str(head.get("Modality") or "none") for _, head in slices})
     if modalities != ["CT"]:
         raise UnreadableImageError(f"expected Modality CT, got {', '.join(modalities) or 'no image'}")
-    if any(int(head.get("NumberOfFrames") or 1) > 1 for _, head in slices):
+    if any((_numbers(head, "NumberOfFrames", 1) or 1) > 1 for _, head in slices):
         raise UnreadableImageError("an enhanced (multi-frame) CT object; convert it to NIfTI first")
     slices = [entry for entry in slices if "LOCALIZER" not in (entry[1].get("ImageType") or [])]
     if not slices:
         raise UnreadableImageError("a localizer (scout view), no volume")
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
-        lack = sum(not head.get(keyword) for _, head in slices)
+    for keyword, count in GEOMETRY.items():
+        lack = sum(_numbers(head, keyword, count) is None for _, head in slices)
         if lack:
-            raise UnreadableImageError(f"{lack} of {len(slices)} slices have no {keyword}")
-    if any(head.get(keyword) is None for _, head in slices for keyword in ("RescaleSlope", "RescaleIntercept")):
+            told = f" of {count} numbers" if count > 1 else ""
+            raise UnreadableImageError(f"{lack} of {len(slices)} slices have no {keyword}{told}")
+    if any(
+        _numbers(head, keyword, 1) is None for _, head in slices for keyword in ("RescaleSlope", "RescaleIntercept")
+    ):
         raise UnreadableImageError("slices have no RescaleSlope or RescaleIntercept: no Hounsfield units")
     kinds = Counter(
-        (
-            int(head.Rows),
-            int(head.Columns),
-            tuple(np.round(np.array(head.ImageOrientationPatient, float), 3)),
-            tuple(np.round(np.array(head.PixelSpacing, float), 3)),
-        )
+        (*(tuple(np.round(_numbers(head, keyword, GEOMETRY[keyword]), 3)) for keyword in GEOMETRY if keyword != PLACE),)
         for _, head in slices
     )
     if len(kinds) > 1:
@@ -263,7 +265,13 @@ def _checked(slices: Sequence[tuple[Path, pydicom.Dataset]]) -> list[tuple[Path,
             f"{len(slices) - most} of {len(slices)} slices differ from the others in size, orientation or pixel "
             "spacing: several acquisitions in one series"
         )
-    copies = {str(head.get("SOPInstanceUID")): (file, head) for file, head in slices}
+    first = slices[0][1]
+    row, column = _numbers(first, "ImageOrientationPatient", 6).reshape(2, 3)
+    if np.abs([row @ row - 1, column @ column - 1, row @ column]).max() > 0.01:
+        raise UnreadableImageError("ImageOrientationPatient is no pair of perpendicular directions of length 1")
+    if min(*_numbers(first, "PixelSpacing", 2), first.Rows, first.Columns) <= 0:
+        raise UnreadableImageError("PixelSpacing, Rows and Columns must be above 0")
+    copies = {str(head.get("SOPInstanceUID") or file): (file, head) for file, head in slices}
     return list(copies.values())
 
 
@@ -297,11 +305,11 @@ def _check_hounsfield(values: np.ndarray) -> None:
         )
 
 
-def _upright(values: np.ndarray, affine: np.ndarray, patient: str = "", names: tuple[str, ...] = ()) -> Volume:
+def _upright(values: np.ndarray, affine: np.ndarray) -> Volume:
     """Turn the axes, whatever their order, to the patient's right, front and head."""
     turn = nib.io_orientation(affine)
     turned = nib.apply_orientation(values, turn)
-    return Volume(turned, affine @ nib.orientations.inv_ornt_aff(turn, values.shape), patient, names)
+    return Volume(turned, affine @ nib.orientations.inv_ornt_aff(turn, values.shape))
 
 
 def _same_grid(volume: Volume, mask: Volume) -> bool:
@@ -314,6 +322,23 @@ def _same_grid(volume: Volume, mask: Volume) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one volume
+
+
+@dataclass
+class _Written:
+    """What became of one volume; ``used`` as in an Outcome, each entry ending in the volume that read the file."""
+
+    images: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    items: list[dict[str, Any]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    used: list[tuple[str, int | None, int | None, str]] = field(default_factory=list)
+
+    def discard(self, target: Path) -> None:
+        """Take back what was written; what was looked for stays known."""
+        for image in self.images:
+            (target / image).unlink(missing_ok=True)
+        self.images, self.sizes, self.items = [], [], []
 
 
 @dataclass(frozen=True)
@@ -336,11 +361,7 @@ class _Task:
     def convert(self, job: c.Job, target: Path) -> c.Outcome:
         """Write the slices of a NIfTI file, or of the series in a folder."""
         path = Path(job.path)
-        images: list[str] = []
-        sizes: list[int] = []
-        items: list[dict[str, Any]] = []
         reasons: list[str] = []
-        used: list[tuple[str, int, int]] = []
         volumes: list[tuple[str, Any]]
         if path.is_dir():
             series, strangers = _series_of(path)
@@ -354,39 +375,52 @@ class _Task:
             ]
         else:
             volumes = [(job.stem, None)]
+        done: list[_Written] = []
         for stem, entries in volumes:
+            written = _Written()
+            done.append(written)
             try:
                 volume = read_nifti(path) if entries is None else _assemble(entries)
-                self._write(volume, job, stem, target, (images, sizes, items, reasons, used))
+                self._write(volume, job, stem, target, written)
             except UnreadableImageError as error:
-                told = f"{Path(stem).name}: " if len(volumes) > 1 else ""
-                reasons.append(f"{told}{error}")
+                why = str(error)
+            except (UserError, OSError, MemoryError):
+                # no fault of this volume: the whole file is tried again, so nothing may stay that no journal line knows
+                for written in done:
+                    written.discard(target)
+                raise
+            except Exception as error:  # odd headers raise anything; the other series of the folder may be sound
+                why = f"its headers or voxels make no CT volume ({type(error).__name__}: {c.one_line(error)})"
+            else:
+                reasons += written.reasons
+                continue
+            written.discard(target)
+            reasons.append(f"{Path(stem).name}: {why}" if len(volumes) > 1 else why)
         return c.Outcome(
             job.file,
-            tuple(images),
+            tuple(image for written in done for image in written.images),
             "; ".join(reasons)[:1000],
             modality="CT",
-            bytes=tuple(sizes),
-            items=tuple(items),
-            used=tuple(used),
+            bytes=tuple(size for written in done for size in written.sizes),
+            items=tuple(item for written in done for item in written.items),
+            used=tuple(entry for written in done for entry in written.used),
         )
 
-    def _write(
-        self,
-        volume: Volume,
-        job: c.Job,
-        stem: str,
-        target: Path,
-        done: tuple[list[str], list[int], list[dict[str, Any]], list[str], list[tuple[str, int, int]]],
-    ) -> None:
-        images, sizes, items, reasons, used = done
+    def _write(self, volume: Volume, job: c.Job, stem: str, target: Path, written: _Written) -> None:
         base = stem.rpartition("/")[2]
-        names = (file_stem(job.file), *volume.names)
-        own = Path(job.path)
-        liver = self._mask(self.masks, names, own, volume, self.mask_label, used) if self.masks else None
+
+        def mask_in(folder: str, wanted: Sequence[int]) -> np.ndarray | None:
+            path, vain = _find_mask(Path(folder), _names(job, volume), Path(job.path))
+            written.used += [(str(other), *(c.file_key(other) or (None, None)), "") for other in vain]
+            if path is None:
+                return None
+            written.used.append((str(path), *(c.file_key(path) or (None, None)), stem))
+            return _read_mask(path, volume, wanted)
+
+        liver = mask_in(self.masks, self.mask_label) if self.masks else None
         if self.masks and liver is None:
-            raise UnreadableImageError(f"no mask of the name {' or '.join(dict.fromkeys(names))} in {self.masks}")
-        anomaly = self._mask(self.anomalies, names, own, volume, (), used) if self.anomalies else None
+            raise UnreadableImageError(f"no mask of the name {' or '.join(_names(job, volume))} in {self.masks}")
+        anomaly = mask_in(self.anomalies, ()) if self.anomalies else None
         numbers = range(volume.hu.shape[2])
         if self.slices != Slices.all:
             numbers = _with_mask(liver, first_run=self.slices == Slices.first_run)
@@ -398,8 +432,8 @@ class _Task:
         left_out: dict[str, list[int]] = defaultdict(list)
 
         def keep(size: int, file: str) -> str:
-            images.append(file)
-            sizes.append(size)
+            written.images.append(file)
+            written.sizes.append(size)
             return file
 
         def save(plane: np.ndarray, folder: str, number: int) -> str:
@@ -408,6 +442,8 @@ class _Task:
                 file = f"{name}.nii.gz"
                 image = nib.Nifti1Image(plane.astype(np.int16)[:, :, None], self._affine(volume, plane.shape, number))
                 image.header.set_xyzt_units("mm")
+                if folder == "images":
+                    image.header["cal_min"], image.header["cal_max"] = self._window()
                 return keep(c.write_whole(target, file, lambda part: nib.save(image, part)), file)
             file = f"{name}.png"
             return keep(c.write_png(Image.fromarray(plane), target, file), file)
@@ -429,13 +465,19 @@ class _Task:
                 if shown:
                     marked = self._marked(anomaly[:, :, number], scale, ANOMALY_SHARE)
                     item["anomaly_mask"] = save(marked, "anomalies", number)
-            items.append(item)
+            written.items.append(item)
         for why, lost in left_out.items():
-            reasons.append(f"{base}: {len(lost)} of {len(numbers)} slices left out (numbers {c.ranges(lost)}): {why}")
+            written.reasons.append(
+                f"{base}: {len(lost)} of {len(numbers)} slices left out (numbers {c.ranges(lost)}): {why}"
+            )
+
+    def _window(self) -> tuple[float, float]:
+        """Black and white in HU."""
+        return self.level - self.width / 2, self.level + self.width / 2
 
     def _picture(self, hu: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
         """What is written of a slice (X, Y): grey levels (H, W) as displayed, or HU (X, Y)."""
-        low = self.level - self.width / 2
+        low, _ = self._window()
         grey = np.clip((hu - low) / self.width, 0, 1)
         if self.format == Format.nifti:
             if grey.min() == grey.max():
@@ -492,38 +534,14 @@ class _Task:
             dense = binary_opening(dense, iterations=reach)
         return body_region(dense.astype(np.float32))
 
-    def _mask(
-        self,
-        folder: str,
-        names: Sequence[str],
-        own: Path,
-        volume: Volume,
-        wanted: Sequence[int],
-        used: list[tuple[str, int, int]],
-    ) -> np.ndarray | None:
-        """(X, Y, Z) bool from the file in ``folder`` that is called like the volume; None if there is none."""
-        path = _find_mask(Path(folder), names, own)
-        if path is None:
-            return None
-        used.append((str(path), *(c.file_key(path) or (0, 0))))
-        try:
-            mask = read_nifti(path, is_mask=True)
-        except UnreadableImageError as error:
-            raise UnreadableImageError(f"mask {path.name}: {error}") from error
-        if not _same_grid(volume, mask):
-            raise UnreadableImageError(
-                f"mask {path.name} has other voxels than the volume: {mask.hu.shape} instead of {volume.hu.shape}, "
-                "or another affine"
-            )
-        return np.isin(np.rint(mask.hu), wanted) if wanted else mask.hu > 0.5
-
     def _patient(self, job: c.Job, volume: Volume) -> str:
+        """Empty if only the name can tell: that is for who knows all names."""
         if self.patient:
             found = re.search(self.patient, job.file)
             if found is None:
                 raise UnreadableImageError(f"--patient {self.patient} finds nothing in the path")
             return found[1] if found.groups() else found[0]
-        return volume.patient or file_stem(job.file)
+        return volume.patient
 
 
 def _displayed(plane: np.ndarray) -> np.ndarray:
@@ -552,7 +570,9 @@ def _series_of(folder: Path) -> tuple[list[list[tuple[Path, pydicom.Dataset]]], 
             if path.name != "DICOMDIR":
                 strangers.append(path.name)
             continue
-        groups[int(head.get("SeriesNumber") or 0), str(head.get("SeriesInstanceUID") or "")].append((path, head))
+        number = _numbers(head, "SeriesNumber", 1)
+        series = 0 if number is None else int(number[0])
+        groups[series, str(head.get("SeriesInstanceUID") or "")].append((path, head))
     return [groups[key] for key in sorted(groups)], strangers
 
 
@@ -560,19 +580,99 @@ def _may_be_dicom(name: str) -> bool:
     return not name.startswith(".") and not name.lower().endswith((*NOT_DICOM, *NIFTI))
 
 
-def _find_mask(folder: Path, names: Sequence[str], own: Path) -> Path | None:
-    """The mask of a volume that is called any of ``names``; ``own`` is the volume, which may lie in the same folder."""
-    for name in dict.fromkeys(names):
-        stems = [form.format(name) for form in MASK_NAMES]
-        if "volume" in name:
-            stems.append(name.replace("volume", "segmentation"))
+def _called(job: c.Job) -> str:
+    """Path of a NIfTI file or DICOM folder below the source, without suffix."""
+    # the source itself may be the folder of a series
+    path = job.file if job.file != "." else Path(job.path).resolve().name
+    folder, slash, _ = path.rpartition("/")
+    return folder + slash + file_stem(path)
+
+
+def _names(job: c.Job, volume: Volume) -> list[str]:
+    """What files that belong to a volume may be called; what is surest comes first."""
+    called = _called(job)
+    # a UID or PatientID is no path
+    series, patient = ("" if re.search(r"[/\\]", name) else name for name in (volume.series, volume.patient))
+    return [name for name in dict.fromkeys((series, called, called.rpartition("/")[2], patient)) if name]
+
+
+def _find_mask(folder: Path, names: Sequence[str], own: Path) -> tuple[Path | None, list[Path]]:
+    """The mask of a volume that is called any of ``names``, and where it was looked for in vain.
+
+    ``own`` is the volume, which may lie in the same folder.
+    """
+    vain = []
+    for name in names:
+        above, slash, base = name.rpartition("/")
+        if slash and not (folder / above).is_dir():
+            vain.append(folder / above)
+            continue
+        stems = [form.format(base) for form in MASK_NAMES]
+        if "volume" in base:
+            stems.append(base.replace("volume", "segmentation"))
         for stem in stems:
             for suffix in NIFTI:
-                path = folder / f"{stem}{suffix}"
-                # a PatientID is no path
-                if "/" not in stem and "\\" not in stem and path != own and path.is_file():
-                    return path
-    return None
+                path = folder / above / f"{stem}{suffix}"
+                if not os.path.isfile(path):
+                    vain.append(path)
+                elif not path.samefile(own):
+                    return path, vain
+    return None, vain
+
+
+def _read_mask(path: Path, volume: Volume, wanted: Sequence[int]) -> np.ndarray:
+    """(X, Y, Z) bool: voxels of the values ``wanted``, or of any but 0."""
+    try:
+        mask = read_nifti(path, is_mask=True)
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"mask {path.name}: {error}") from error
+    if not _same_grid(volume, mask):
+        raise UnreadableImageError(
+            f"mask {path.name} has other voxels than the volume: {mask.hu.shape} instead of {volume.hu.shape}, "
+            "or another affine"
+        )
+    return np.isin(np.rint(mask.hu), wanted) if wanted else mask.hu > 0.5
+
+
+def _without_shared_masks(
+    outcomes: Mapping[str, c.Outcome], jobs: Sequence[c.Job], target: Path
+) -> dict[str, c.Outcome]:
+    """Reject volumes that took the same mask or anomaly file: of one at least it tells nothing."""
+    users: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for outcome in outcomes.values():
+        written = {item["volume"] for item in outcome.items}
+        for path, _, _, volume in outcome.used:
+            if volume in written:
+                users[path].append((outcome.file, volume))
+    checked = dict(outcomes)
+    by_file = {job.file: job for job in jobs}
+    for path, sharing in users.items():
+        if len(sharing) == 1:
+            continue
+        told = ", ".join(volume for _, volume in sharing[:3])
+        for file, volume in sharing:
+            job, outcome = by_file[file], checked[file]
+            for item in outcome.items:
+                if item["volume"] == volume:
+                    # the journal sees that they are gone, and converts the volume again
+                    for kind in ("image", "mask", "anomaly_mask"):
+                        if kind in item:
+                            (target / item[kind]).unlink(missing_ok=True)
+            name = f"{_called(job)}.nii.gz" if volume == job.stem else "after its SeriesInstanceUID"
+            reason = f"{Path(path).name} is called like {len(sharing)} volumes ({told}); name the file {name}"
+            checked[file] = replace(
+                outcome,
+                items=tuple(item for item in outcome.items if item["volume"] != volume),
+                reason="; ".join(filter(None, (outcome.reason, reason))),
+            )
+    return checked
+
+
+def _patients_by_name(jobs: Sequence[c.Job]) -> dict[str, str]:
+    """Who a volume shows if nothing but its name tells: paths where names alone would make two people one."""
+    called = {job.file: _called(job) for job in jobs}
+    times = Counter(file_stem(name).casefold() for name in called.values())
+    return {file: name if times[file_stem(name).casefold()] > 1 else file_stem(name) for file, name in called.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,8 +692,11 @@ def _find_volumes(source: Path, folders: Sequence[Path]) -> list[str]:
         elif _may_be_dicom(file.rpartition("/")[2]):
             found.add(file.rpartition("/")[0] or ".")
     if root in [folder.resolve() for folder in folders]:  # masks lie beside their volumes
-        masks = {_find_mask(source, [file_stem(file)], source / file) for file in found}
-        found -= {mask.name for mask in masks if mask is not None}
+        for file in sorted(found):
+            stem = file_stem(file)
+            mask, _ = _find_mask(source, [file.rpartition("/")[0] + "/" + stem, stem], source / file)
+            if mask is not None:
+                found.discard(mask.relative_to(source).as_posix())
     return sorted(found, key=natural_key)
 
 
@@ -674,10 +777,23 @@ def convert_liver_ct(
     c.prepare_target(source, target, task)
     outcomes = c.convert(jobs, task, target, workers)
 
-    items = [item for outcome in outcomes.values() for item in outcome.items]
+    outcomes = _without_shared_masks(outcomes, jobs, target)
+    named = _patients_by_name(jobs)
+    items = [
+        {**item, "patient": item["patient"] or named[outcome.file]}
+        for outcome in outcomes.values()
+        for item in outcome.items
+    ]
+    alike = sorted({item["patient"] for item in items if "/" in item["patient"]} & set(named.values()), key=natural_key)
+    if alike:
+        print(
+            f"note: volumes of several folders are called alike, so {len(alike)} patients are called by the path, "
+            f"{alike[0]} first; if the path tells who it is, say how with --patient",
+            file=sys.stderr,
+        )
     rejected = {file: outcome.reason for file, outcome in outcomes.items() if outcome.reason}
     if anomalies is not None:
-        used = {entry[0] for outcome in outcomes.values() for entry in outcome.used}
+        used = {path for outcome in outcomes.values() for path, _, _, volume in outcome.used if volume}
         for file in list_files(anomalies):
             if file.lower().endswith(NIFTI) and str(Path(task.anomalies, file)) not in used:
                 rejected[f"{anomalies.name}/{file}"] = "an anomaly of no volume that could be read"

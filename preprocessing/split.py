@@ -14,7 +14,8 @@ python -m preprocessing.split --normal data/cxr --parts 2 --target data/cxr_halv
 
 Inputs are datalists, or the folders that hold a datalist.json. Their own splits are kept, unless --split or --resplit
 says otherwise. An item's own anomaly field is believed, whichever option named its dataset: preprocessing.liver_ct and
-preprocessing.corrupt write it.
+preprocessing.corrupt write it. Images that preprocessing.corrupt --keep-originals copied are left out where the inputs
+have the image itself, which would count twice.
 
 Patients are never divided. One whom the inputs give several places goes to the last of them: training, other splits,
 validation, test; and whoever has an anomalous image goes to test with all others. Equal ids are the same person;
@@ -32,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import shlex
 import sys
 from collections import Counter, defaultdict
@@ -132,7 +134,7 @@ def pick_images(items: Sequence[Item], count: int, seed: int = 0) -> list[Item]:
 
 
 def _read(path: Path, base: Path | None, anomaly: int) -> tuple[dict[str, Any], list[Item]]:
-    """A datalist's other keys, and its items with full paths, ``split``, ``anomaly``, ``dataset`` and ``root``."""
+    """A datalist's other keys; its items with full paths, ``split``, ``anomaly``, ``dataset``, ``root``, ``origin``."""
     path = path / "datalist.json" if path.is_dir() else path
     content = validate_datalist(path)
     splits = {
@@ -155,8 +157,18 @@ def _read(path: Path, base: Path | None, anomaly: int) -> tuple[dict[str, Any], 
             if own not in (0, 1):
                 raise UserError(f"datalist {path}: anomaly must be 0 or 1, got {own!r} for {item['image']}")
             paths = {key: os.path.abspath(item[key]) for key in PATHS if item.get(key)}
+            # of a corrupted copy: the dataset that its source belongs to
+            origin = item.get("dataset", content.get("source_name"))
             items.append(
-                {"dataset": name, **item, **paths, "anomaly": int(own), "split": split, "root": os.path.abspath(root)}
+                {
+                    "dataset": name,
+                    **item,
+                    **paths,
+                    "anomaly": int(own),
+                    "split": split,
+                    "root": os.path.abspath(root),
+                    "origin": origin,
+                }
             )
     return {key: value for key, value in content.items() if key not in splits}, items
 
@@ -225,9 +237,10 @@ def write_split(
     twice = [image for image, times in Counter(item["image"] for item in items).items() if times > 1]
     if twice:
         raise UserError(f"{twice[0]} stands in two inputs ({len(twice)} images do); give each dataset once")
+    items = _without_copies(items)
     root = _root(items, target, dataset_dir)
     for item in items:
-        del item["root"]
+        del item["root"], item["origin"]
         item.update({key: Path(item[key]).relative_to(root).as_posix() for key in PATHS if item.get(key)})
 
     study = any(item["anomaly"] for item in items)
@@ -259,6 +272,30 @@ def write_split(
         )
     _write(datalist, name or target.resolve().name, heads, splits, seed, root)
     return 0
+
+
+def _without_copies(items: Sequence[Item]) -> list[Item]:
+    """Leave out unchanged copies of images that stand among the items themselves, which would count twice."""
+    originals: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        if "source" not in item:
+            originals[os.path.basename(item["image"])].append(item)
+
+    def is_there(copy: Item) -> bool:
+        source = "/" + posixpath.normpath(str(copy["source"]))
+        # its root may have been another one then, so paths are compared from their ends
+        return any(
+            ("/" + Path(item["image"]).as_posix()).endswith(source) and copy["origin"] == item["dataset"]
+            for item in originals[posixpath.basename(source)]
+        )
+
+    kept = [item for item in items if item["anomaly"] or "source" not in item or not is_there(item)]
+    if len(kept) < len(items):
+        print(
+            f"note: left out {len(items) - len(kept)} unchanged copies of images that the inputs have themselves",
+            file=sys.stderr,
+        )
+    return kept
 
 
 def _claim(datalist: Path) -> None:

@@ -236,6 +236,23 @@ def test_second_run_redoes_only_what_changed(source, tmp_path, monkeypatch):
     assert _run(*arguments) == 3
 
 
+def test_state_of_a_folder_is_that_of_its_files(tmp_path):
+    folder = tmp_path / "series"
+    folder.mkdir()
+    (folder / "a.dcm").write_bytes(b"one")
+    states = [c.file_key(folder), c.file_key(folder)]
+    os.utime(folder / "a.dcm", ns=(1, 1))
+    states.append(c.file_key(folder))
+    (folder / "b.dcm").write_bytes(b"")
+    states.append(c.file_key(folder))
+    (folder / "b.dcm").rename(folder / "c.dcm")
+    states.append(c.file_key(folder))
+
+    assert states[0] == states[1]
+    assert len(set(states)) == 4
+    assert c.file_key(tmp_path / "nowhere") is None
+
+
 def test_torn_last_line_of_the_journal_costs_one_file_only(source, tmp_path):
     target = tmp_path / "target"
     arguments = ("--source", source, "--target", target, "--size", 16, "--workers", 1)

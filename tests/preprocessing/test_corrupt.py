@@ -17,6 +17,7 @@ from medgen.errors import UserError
 from preprocessing import _convert as c
 from preprocessing import corrupt as module
 from preprocessing.corrupt import GLOBAL, LOCAL, Corruption, Kind, corrupt, gaussian_blur
+from preprocessing.split import app as split_app
 
 
 def radiograph(size=96, seed=0):
@@ -202,6 +203,29 @@ def test_inserts_avoid_what_is_white_already():
     assert min(gains) > 0.3
 
 
+@pytest.mark.parametrize("kind", [Kind.line, Kind.disc, Kind.device, Kind.ascites])
+def test_insert_that_nobody_would_see_is_refused(kind):
+    pixels = np.full((64, 64), 0.98, np.float32)
+    if kind == Kind.ascites:  # of the fluid's own grey
+        pixels = np.where(slice_of_ct(64)[1], np.float32(module.FLUID), 0)
+
+    with pytest.raises(UnreadableImageError, match=r"no place where .* would be visible"):
+        corrupt(pixels, kind, np.random.default_rng(0))
+
+
+def test_needle_avoids_what_is_white_already():
+    pixels, body = slice_of_ct(100)
+    pixels[:, :50][body[:, :50]] = 1
+
+    gains = []
+    for seed in range(20):
+        changed, mask = corrupt(pixels, "needle", np.random.default_rng(seed))
+        gains.append((changed - pixels)[mask & body].mean())
+
+    # without a choice of places half of the needles would lie in the white half
+    assert sum(gain < 0.1 for gain in gains) <= 5
+
+
 def test_needle_enters_through_the_skin_and_darkens_only_the_body_beside_it():
     pixels, body = slice_of_ct(200)
 
@@ -368,12 +392,67 @@ def test_one_each_gives_every_image_one_of_the_kinds(tmp_path):
     assert {item["corruption"] for item in items} == {"line", "disc", "blur"}
 
 
-def test_splits_are_kept_with_all(dataset, tmp_path):
-    run("--source", dataset / "datalist.json", "--target", tmp_path / "out", "--kind", "blur", "--split", "all")
+@pytest.mark.parametrize(("split", "count"), [("all", 4), ("training", 1)])
+def test_copies_are_tested_whatever_split_their_images_are_of(split, count, dataset, tmp_path, capsys):
+    save(dataset / "images/white.png", np.ones((48, 48)))  # cannot be corrupted, so it may stay where it stood
+    content = json.loads((dataset / "datalist.json").read_text())
+    content["training"].append({"image": "images/white.png", "patient": "d"})
+    (dataset / "datalist.json").write_text(json.dumps(content))
 
-    content = validate_datalist(tmp_path / "out/datalist.json")
-    assert [len(content[split]) for split in ("training", "test")] == [1, 3]
-    assert content["training"][0]["patient"] == "c"
+    code = run(
+        *("--source", dataset / "datalist.json", "--target", tmp_path / "out", "--kind", "line", "--split", split),
+        "--keep_originals",
+    )
+
+    written = validate_datalist(tmp_path / "out/datalist.json")
+    assert code == 3
+    assert [(item["patient"], item["anomaly"]) for item in written["training"]] == [("d", 0)]
+    assert len(written["test"]) == 2 * count
+    assert {"c"} <= {item["patient"] for item in written["test"]}
+    assert "note: 1 copies of images of other splits stand in test" in capsys.readouterr().err
+
+
+def test_what_changes_nothing_is_rejected(tmp_path):
+    save(tmp_path / "in/white.png", np.ones((48, 48)))
+    save(tmp_path / "in/dim.png", radiograph(48))
+
+    code = run(
+        *("--source", tmp_path / "in", "--target", tmp_path / "out", "--kind", "line", "--kind", "blur"),
+        *("--kind", "disc", "--contrast", 0.001),
+    )
+
+    assert code == 3
+    assert [item["image"] for item in validate_datalist(tmp_path / "out/datalist.json")["test"]] == [
+        "images/blur/dim.png"
+    ]
+    with open(tmp_path / "out/rejected.csv", newline="") as file:
+        reasons = {row["file"]: row["reason"].split("; ") for row in csv.DictReader(file)}
+    assert reasons["white.png"][0].startswith("blur: changes no pixel")
+    assert (
+        reasons["white.png"][1]
+        == "line: no place where a line would be visible: what lies there is as bright, or leaves no room"
+    )
+    assert all("changes no pixel" in reason for reason in reasons["dim.png"])
+
+
+def test_a_study_whose_images_lie_elsewhere_can_be_corrupted(dataset, tmp_path, capsys):
+    normal = json.loads((dataset / "datalist.json").read_text())
+    del normal["test"][3]
+    (dataset / "datalist.json").write_text(json.dumps(normal))
+    assert c.main(split_app, ["--normal", str(dataset), "--target", str(tmp_path / "study")]) == 0
+    told = capsys.readouterr().out
+    assert f"--dataset_dir {dataset}" in told
+    arguments = ("--source", tmp_path / "study", "--target", dataset / "made", "--kind", "line", "--split", "all")
+
+    assert run(*arguments) == 1
+    assert "set --dataset_dir to the folder that its paths start from" in capsys.readouterr().err
+    assert run(*arguments, "--dataset_dir", dataset) == 0
+
+    assert len(load_datalist(dataset / "made/datalist.json", "test")) == 4
+    assert (
+        run("--source", dataset / "images", "--dataset_dir", dataset, "--target", tmp_path / "x", "--kind", "line") == 1
+    )
+    assert "--dataset_dir needs a datalist" in capsys.readouterr().err
 
 
 def test_sixteen_bits_stay_sixteen(tmp_path):

@@ -20,7 +20,7 @@ from medgen.data.phantom import PhantomSpec, draw_ct_studies, write_phantom
 from medgen.data.reader import UnreadableImageError
 from preprocessing import _convert as c
 from preprocessing import liver_ct as module
-from preprocessing.liver_ct import read_nifti, read_series
+from preprocessing.liver_ct import read_nifti
 
 SPEC = PhantomSpec(patients=4, size=32, seed=2, anomaly_fraction=0.5)
 EVERY_ORIENTATION = [
@@ -59,6 +59,18 @@ def run(*arguments):
         if "--workers" not in arguments:
             patch.setattr(c, "_pool", here)
         return c.main(module.app, [str(argument) for argument in arguments])
+
+
+def volume_of(folder):
+    """The one series of a folder, as the command finds and reads it."""
+    (entries,), strangers = module._series_of(folder)
+    assert strangers == []
+    return module._assemble(entries)
+
+
+def reasons_of(target):
+    with open(target / "rejected.csv", newline="") as file:
+        return {row["file"]: row["reason"] for row in csv.DictReader(file)}
 
 
 def by_height(folder):
@@ -111,7 +123,7 @@ def test_series_is_sorted_by_position_and_equals_its_phantom(phantom, volumes):
     for number in (1, 3):
         folder = phantom / f"images/PHANTOM0000{number + 1}/PHANTOM0000{number + 1}"
 
-        volume = read_series(list(folder.iterdir()))
+        volume = volume_of(folder)
 
         np.testing.assert_array_equal(volume.hu[::-1, ::-1].transpose(1, 0, 2), volumes[number].image)
         label = nib.as_closest_canonical(nib.load(phantom / f"labels/PHANTOM0000{number + 1}.nii.gz"))
@@ -129,7 +141,7 @@ def test_series_of_any_plane_is_read_as_another_reader_does(orientation, step, s
         ds.ImagePositionPatient = [str(number * 8.0 * value) for value in step]
         ds.save_as(path)
 
-    volume = read_series(list(series.iterdir()))
+    volume = volume_of(series)
 
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(series)))
@@ -138,14 +150,14 @@ def test_series_of_any_plane_is_read_as_another_reader_does(orientation, step, s
 
 
 def test_tilted_gantry_is_taken_as_acquired(series):
-    original = read_series(list(series.iterdir()))
+    original = volume_of(series)
     tilt = np.deg2rad(15)
     for path, ds in by_height(series):
         ds.ImageOrientationPatient = ["1", "0", "0", "0", f"{np.cos(tilt):.6f}", f"{np.sin(tilt):.6f}"]
         ds.GantryDetectorTilt = "15"
         ds.save_as(path)
 
-    volume = read_series(list(series.iterdir()))
+    volume = volume_of(series)
 
     np.testing.assert_array_equal(volume.hu, original.hu)
 
@@ -214,19 +226,26 @@ def set_all(**tags):
         (set_all(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "a localizer"),
         (set_all(RescaleIntercept=None), "no Hounsfield units"),
         (set_all(RescaleIntercept="0"), "expected Hounsfield units, in which air and fat are negative"),
-        (set_all(ImagePositionPatient=None), "24 of 24 slices have no ImagePositionPatient"),
+        (set_all(ImagePositionPatient=None), "24 of 24 slices have no ImagePositionPatient of 3 numbers"),
+        (set_all(ImagePositionPatient=["0", "0"]), "24 of 24 slices have no ImagePositionPatient of 3 numbers"),
+        (set_all(ImageOrientationPatient=["1", "0", "0"]), "24 of 24 slices have no ImageOrientationPatient of 6"),
+        (set_all(ImageOrientationPatient=["0"] * 6), "no pair of perpendicular directions"),
+        (set_all(PixelSpacing="2"), "24 of 24 slices have no PixelSpacing of 2 numbers"),
+        (set_all(PixelSpacing=["0", "0"]), "must be above 0"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_spoiled_series_is_refused_with_the_reason(spoil, reason, series):
+def test_a_spoiled_series_is_refused_with_the_reason(spoil, reason, series, tmp_path):
     spoil(by_height(series))
 
-    with pytest.raises(UnreadableImageError, match=reason):
-        read_series(list(series.iterdir()))
+    assert run("--source", series.parent, "--target", tmp_path / "out", "--size", 16) == 1
+
+    assert reason in reasons_of(tmp_path / "out")["series"]
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_copies_of_a_slice_and_localizers_do_no_harm(series):
-    whole = read_series(list(series.iterdir()))
+    whole = volume_of(series)
     entries = by_height(series)
     shutil.copy(entries[4][0], series / "copy.dcm")
     path, scout = entries[0]
@@ -234,17 +253,26 @@ def test_copies_of_a_slice_and_localizers_do_no_harm(series):
     scout.Rows, scout.PixelData = 16, scout.PixelData[: 16 * 32 * 2]
     scout.save_as(path.with_name("scout.dcm"))
 
-    np.testing.assert_array_equal(read_series(list(series.iterdir())).hu, whole.hu)
+    np.testing.assert_array_equal(volume_of(series).hu, whole.hu)
+
+
+def test_slices_without_their_own_uid_are_slices_all_the_same(series, tmp_path):
+    whole = volume_of(series)
+    set_all(SOPInstanceUID=None, SeriesInstanceUID=None, SeriesNumber=None)(by_height(series))
+
+    np.testing.assert_array_equal(volume_of(series).hu, whole.hu)
+    assert run("--source", series.parent, "--target", tmp_path / "out", "--size", 16) == 0
+    assert len(items_of(tmp_path / "out")) == 24
 
 
 def test_rescale_is_applied_slice_by_slice(series):
-    whole = read_series(list(series.iterdir()))
+    whole = volume_of(series)
     path, ds = by_height(series)[6]
     ds.PixelData = (ds.pixel_array // 2).astype("<u2").tobytes()
     ds.RescaleSlope = "2"
     ds.save_as(path)
 
-    assert np.abs(read_series(list(series.iterdir())).hu - whole.hu).max() <= 1
+    assert np.abs(volume_of(series).hu - whole.hu).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -375,12 +403,32 @@ def test_nifti_slices_keep_hounsfield_units_and_their_place(phantom, volumes, tm
         mask = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(tmp_path / "32" / item["mask"])), "LPS"))[0]
         np.testing.assert_array_equal(mask, volume.liver_mask[..., 5])
         large, small = nib.load(path), nib.load(tmp_path / "16" / item["image"])
+        assert (float(large.header["cal_min"]), float(large.header["cal_max"])) == (-125, 225)
         assert small.shape == (16, 16, 1)
         for corner in (0, 1):  # edges, not centres, of the first and the last pixel
             ends = [
                 image.affine @ (corner * n - 0.5, corner * n - 0.5, 0, 1) for image, n in ((large, 32), (small, 16))
             ]
             np.testing.assert_allclose(*ends, atol=1e-3)
+
+
+def test_both_formats_are_read_as_the_same_grey(phantom, tmp_path):
+    from medgen.data import MedicalImageReader  # imports PyTorch, which no other test of this file needs
+
+    for file_format in ("png", "nifti"):
+        run(
+            *("--source", phantom / "images", "--target", tmp_path / file_format, "--size", 24, "--mask", "none"),
+            *("--format", file_format),
+        )
+    reader = MedicalImageReader()
+
+    pairs = zip(items_of(tmp_path / "png"), items_of(tmp_path / "nifti"), strict=True)
+    for picture, volume in itertools.islice(pairs, 0, None, 8):
+        greys = [
+            reader.get_data(reader.read(tmp_path / name / item["image"]))[0]
+            for name, item in (("png", picture), ("nifti", volume))
+        ]
+        np.testing.assert_allclose(greys[1], greys[0], atol=1 / 255)
 
 
 def test_pixels_that_are_not_square_become_so(tmp_path):
@@ -439,8 +487,7 @@ def test_bad_volumes_are_rejected_with_reasons_and_the_rest_goes_on(phantom, ser
 
     code = run("--source", source, "--masks", labels, "--target", tmp_path / "out", "--size", 32)
 
-    with open(tmp_path / "out/rejected.csv", newline="") as file:
-        reasons = {row["file"]: row["reason"] for row in csv.DictReader(file)}
+    reasons = reasons_of(tmp_path / "out")
     assert code == 3
     assert {file: reason[:24] for file, reason in reasons.items()} == {
         "broken.nii.gz": reasons["broken.nii.gz"][:24],
@@ -465,6 +512,40 @@ def test_several_series_of_a_folder_are_volumes_of_their_own(phantom, series, tm
     volumes = [item["volume"] for item in items_of(tmp_path / "out")]
     assert (volumes.count("series-1"), volumes.count("series-2")) == (24, 12)
     assert {item["patient"] for item in items_of(tmp_path / "out")} == {"PHANTOM00002"}
+
+
+def test_a_bad_series_costs_neither_the_good_one_beside_it_nor_leaves_pictures(series, tmp_path, monkeypatch):
+    for number, (path, ds) in enumerate(by_height(series)):
+        for series_number, tags in ((2, {"ImagePositionPatient": ["0", "0"]}), (3, {"PatientName": "odd"})):
+            ds.SeriesInstanceUID, ds.SOPInstanceUID = f"1.2.{series_number}", f"1.2.{series_number}.{number}"
+            ds.SeriesNumber = series_number
+            for keyword, value in tags.items():
+                setattr(ds, keyword, value)
+            ds.save_as(path.with_name(f"{series_number} {path.name}"))
+            if "ImagePositionPatient" in tags:
+                ds.ImagePositionPatient = ["0", "0", str(8.0 * number)]
+    # what no check foresees, after some pictures are written
+    marked = module._Task._region
+
+    def fail_late(self, hu, liver, spacing):
+        calls.append(1)
+        if len(calls) == 24 + 5:
+            raise KeyError("odd")
+        return marked(self, hu, liver, spacing)
+
+    calls = []
+    monkeypatch.setattr(module._Task, "_region", fail_late)
+
+    code = run("--source", series.parent, "--target", tmp_path / "out", "--size", 16)
+
+    assert code == 3
+    items = items_of(tmp_path / "out")
+    assert [item["volume"] for item in items] == ["series-1"] * 24
+    first, second = reasons_of(tmp_path / "out")["series"].split("; ")
+    assert first == "series-2: 24 of 24 slices have no ImagePositionPatient of 3 numbers"
+    assert second == "series-3: its headers or voxels make no CT volume (KeyError: 'odd')"
+    on_disk = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
+    assert on_disk == {item[key] for item in items for key in ("image", "mask")}
 
 
 def test_patient_is_found_in_the_path(phantom, tmp_path):
@@ -515,6 +596,140 @@ def test_a_mask_that_was_mended_is_read_again_and_one_of_no_volume_is_reported(p
     assert run(*arguments) == 3
     assert sum(item["anomaly"] for item in items_of(tmp_path / "out")) == 3
     assert "odd/b.nii.gz,an anomaly of no volume" in (tmp_path / "out/rejected.csv").read_text()
+
+
+def test_masks_and_anomalies_that_are_added_later_are_read(phantom, tmp_path):
+    shutil.copytree(phantom / "images/PHANTOM00002", tmp_path / "in/PHANTOM00002")
+    shutil.copy(phantom / "images/PHANTOM00001.nii.gz", tmp_path / "in")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "odd").mkdir()
+    arguments = (
+        *("--source", tmp_path / "in", "--masks", tmp_path / "masks", "--anomalies", tmp_path / "odd"),
+        *("--target", tmp_path / "out", "--size", 16, "--split", 1, 0, 0),
+    )
+    shutil.copy(phantom / "labels/PHANTOM00001.nii.gz", tmp_path / "masks")
+    assert run(*arguments) == 3
+    assert list(reasons_of(tmp_path / "out")) == ["PHANTOM00002/PHANTOM00002"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
+
+    shutil.copy(phantom / "labels/PHANTOM00002.nii.gz", tmp_path / "masks/PHANTOM00002_seg.nii.gz")
+    assert run(*arguments) == 0
+    assert {item["patient"]: item["anomaly"] for item in items_of(tmp_path / "out")} == {
+        "PHANTOM00001": 0,
+        "PHANTOM00002": 0,
+    }
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    grid = nib.load(phantom / "labels/PHANTOM00002.nii.gz")
+    odd = np.zeros(grid.shape, np.uint8)
+    odd[3:9, 3:9, 3] = 1
+    (tmp_path / "odd/PHANTOM00002").mkdir()
+    save_nifti(tmp_path / "odd/PHANTOM00002/PHANTOM00002.nii.gz", odd, grid.affine)
+    assert run(*arguments) == 0
+    content = validate_datalist(tmp_path / "out/datalist.json")
+    assert {item["patient"] for item in content["training"]} == {"PHANTOM00001"}
+    assert sum(item["anomaly"] for item in content["test"]) == 1
+
+
+def test_slices_written_anew_in_place_are_read_again(series, tmp_path):
+    arguments = ("--source", series.parent, "--target", tmp_path / "out", "--size", 32)
+    run(*arguments)
+    before = pixels_of(tmp_path / "out" / items_of(tmp_path / "out")[5]["image"])
+    status = series.stat()
+    path, ds = by_height(series)[5]
+    ds.RescaleIntercept = str(float(ds.RescaleIntercept) + 100)
+    with open(path, "r+b") as file:  # no file comes or goes, so the folder stays as it was
+        ds.save_as(file)
+    assert series.stat().st_mtime_ns == status.st_mtime_ns
+
+    run(*arguments)
+
+    assert not np.array_equal(pixels_of(tmp_path / "out" / items_of(tmp_path / "out")[5]["image"]), before)
+
+
+@pytest.fixture
+def kits(tmp_path):
+    """KiTS' layout: volumes of one name in folders, with different voxels."""
+    rng = np.random.default_rng(0)
+    for case in ("case1", "case2"):
+        save_nifti(tmp_path / f"in/{case}/imaging.nii.gz", rng.integers(-200, 200, (16, 16, 3)).astype(np.int16))
+    (tmp_path / "masks").mkdir()
+    return "--source", tmp_path / "in", "--masks", tmp_path / "masks", "--target", tmp_path / "out", "--size", 16
+
+
+def slab(number):
+    mask = np.zeros((16, 16, 3), np.uint8)
+    mask[4:9, 4:9, number] = 1
+    return mask
+
+
+def test_masks_of_equal_names_are_told_apart_by_their_folders(kits, tmp_path, capsys):
+    save_nifti(tmp_path / "masks/case1/imaging.nii.gz", slab(1))
+    save_nifti(tmp_path / "masks/case2/imaging_seg.nii.gz", slab(2))
+
+    assert run(*kits, "--slices", "mask") == 0
+
+    items = items_of(tmp_path / "out")
+    assert [(item["volume"], item["slice"]) for item in items] == [("case1/imaging", 1), ("case2/imaging", 2)]
+    # nor are they one patient
+    assert [item["patient"] for item in items] == ["case1/imaging", "case2/imaging"]
+    assert "say how with --patient" in capsys.readouterr().err
+
+
+def test_a_mask_that_two_volumes_would_take_is_refused_until_it_has_a_name(kits, tmp_path):
+    save_nifti(tmp_path / "masks/imaging.nii.gz", slab(1))
+
+    assert run(*kits) == 1
+
+    assert reasons_of(tmp_path / "out")["case2/imaging.nii.gz"] == (
+        "imaging.nii.gz is called like 2 volumes (case1/imaging, case2/imaging); name the file case2/imaging.nii.gz"
+    )
+    assert not list((tmp_path / "out").rglob("*.png"))
+    for case in ("case1", "case2"):
+        save_nifti(tmp_path / f"masks/{case}/imaging.nii.gz", slab(1))
+    assert run(*kits) == 0
+    assert len(items_of(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("folders", [("pre", "post"), ("both", "both")], ids=["folders", "series of one folder"])
+def test_an_anomaly_file_of_a_patient_with_two_series_needs_the_series(folders, phantom, tmp_path):
+    for name, folder in zip(("1.2.1", "1.2.2"), folders, strict=True):
+        (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
+        for number, path in enumerate((phantom / "images/PHANTOM00002/PHANTOM00002").iterdir()):
+            ds = pydicom.dcmread(path)
+            ds.SeriesInstanceUID, ds.SOPInstanceUID = name, f"{name}.{number}"
+            ds.save_as(tmp_path / "in" / folder / f"{name}.{number}.dcm")
+    shutil.copy(phantom / "images/PHANTOM00001.nii.gz", tmp_path / "in")
+    grid = nib.load(phantom / "labels/PHANTOM00002.nii.gz")
+    odd = np.zeros(grid.shape, np.uint8)
+    odd[3:9, 3:9, 3] = 1
+    save_nifti(tmp_path / "odd/PHANTOM00002.nii.gz", odd, grid.affine)
+    arguments = (
+        *("--source", tmp_path / "in", "--anomalies", tmp_path / "odd", "--target", tmp_path / "out"),
+        *("--size", 16, "--mask", "none"),
+    )
+
+    assert run(*arguments) == 3
+    assert {item["patient"] for item in items_of(tmp_path / "out")} == {"PHANTOM00001"}
+    assert set(reasons_of(tmp_path / "out")) == set(folders)
+    assert all("is called like 2 volumes" in reason for reason in reasons_of(tmp_path / "out").values())
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 24
+
+    (tmp_path / "odd/PHANTOM00002.nii.gz").rename(tmp_path / "odd/1.2.2.nii.gz")
+    assert run(*arguments) == 0
+    marked = {item["volume"] for item in items_of(tmp_path / "out") if item["anomaly"]}
+    assert marked == {"post" if folders[0] == "pre" else "both-2"}
+    assert len(items_of(tmp_path / "out")) == 3 * 24
+
+
+def test_volume_is_not_its_own_mask_however_the_folder_is_spelled(tmp_path, monkeypatch):
+    save_nifti(tmp_path / "in/volume-7.nii", np.random.default_rng(0).integers(-200, 200, (16, 16, 3)).astype(np.int16))
+    save_nifti(tmp_path / "in/segmentation-7.nii", slab(1))
+    monkeypatch.chdir(tmp_path)
+
+    assert run("--source", "in", "--masks", "in", "--target", "out", "--size", 16, "--slices", "mask") == 0
+
+    assert [item["slice"] for item in items_of(tmp_path / "out")] == [1]
 
 
 def test_thin_anomaly_survives_a_smaller_size(tmp_path):

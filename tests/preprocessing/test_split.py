@@ -183,6 +183,38 @@ def test_counts_limit_the_test_set_and_spread_over_patients(normal, odd, tmp_pat
     assert first["training"] == second["training"]
 
 
+def test_unchanged_copies_beside_their_originals_do_not_count_twice(normal, tmp_path, capsys):
+    originals = [
+        (f"images/original/t{n}.png", f"t{n % 3}", {"anomaly": 0, "source": f"images/t{n}.png"}) for n in (0, 1)
+    ]
+    lines = [(f"images/line/t{n}.png", f"t{n % 3}", {"anomaly": 1, "source": f"images/t{n}.png"}) for n in (0, 1)]
+    copies = make_dataset(tmp_path / "data/copies", {"test": originals + lines}, source_name="normal")
+    # of another dataset whose files are called alike
+    strange = make_dataset(
+        tmp_path / "data/strange", {"test": [("o/t0.png", "s", originals[0][2])]}, source_name="other"
+    )
+    arguments = ("--anomalous", copies, "--anomalous", strange, "--target")
+
+    assert run("--normal", normal, *arguments, tmp_path / "study") == 0
+
+    note = capsys.readouterr().err
+    assert "note: left out 2 unchanged copies of images that the inputs have themselves" in note
+    test = validate_datalist(tmp_path / "study/datalist.json")["test"]
+    assert sorted(item["image"] for item in test if not item["anomaly"]) == [
+        *(f"normal/images/t{n}.png" for n in range(6)),
+        "strange/o/t0.png",
+    ]
+    assert sum(item["anomaly"] for item in test) == 2
+    # a study of the same images starts its paths elsewhere
+    run("--normal", normal, "--split", 0.5, 0.1, 0.4, "--target", tmp_path / "data")
+    capsys.readouterr()
+    run("--normal", tmp_path / "data", *arguments, tmp_path / "second")
+    assert "left out 2 unchanged copies" in capsys.readouterr().err
+    # alone they are the normal images of the test
+    assert run("--normal", copies, "--target", tmp_path / "alone", "--split", 0, 0, 1) == 1
+    assert "left out" not in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # splitting again
 

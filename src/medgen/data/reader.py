@@ -95,7 +95,8 @@ def read_frames(path: str | PathLike[str], *, window: tuple[float, float] | None
       those over the file's own. Without a usable VOI LUT or window: minimum to maximum of the frame. Padding pixels
       take no part and become black. Rows and columns stay as stored, which is how a DICOM viewer shows them.
     - **NIfTI**: axial slices in radiological display (anterior on top, the patient's right on the image's left); a
-      2-D file gives its one picture in the same convention. Without ``window``: minimum to maximum of the volume.
+      2-D file gives its one picture in the same convention. Without ``window``: the display range of the header
+      (``cal_min`` to ``cal_max``) or else minimum to maximum of the volume.
 
     Colour whose three channels are equal comes back grey; a constant image is accepted.
 
@@ -439,8 +440,14 @@ def _nifti_frames(path: Path, window: tuple[float, float] | None, only: int | No
         stream.seek(0)
         # by stream, since nibabel.load() goes by the suffix
         kind = nib.Nifti1Image if head[344:348] == b"n+1\0" else nib.Nifti2Image
-        volume = _canonical(kind.from_stream(stream))
+        image = kind.from_stream(stream)
+        volume = _canonical(image)
     _check_finite(volume)
+    if window is None:
+        # one slice of a CT volume need not hold the air and the bone that would fix its greys
+        black, white = float(image.header["cal_min"]), float(image.header["cal_max"])
+        if math.isfinite(black) and math.isfinite(white) and black < white:
+            window = (black + white) / 2, white - black
     single = [axis for axis in range(3) if volume.shape[axis] == 1]
     axis = single[0] if len(single) == 1 else 2  # one sagittal or coronal slice is a picture too
     low, high = float(volume.min()), float(volume.max())
