@@ -44,8 +44,8 @@ show "$PYTHON" -m medgen registry register . --name stylegan2_anomaly_demo --ali
 
 cat <<TEXT
 
-The demo is done. Its network has seen four thousand images where a real one sees millions: smooth thoraces are what to
-expect, and a detector that finds the white discs but little else. Look at
+The demo is done. Its network has seen four thousand images where a real one sees millions: smooth or grainy thoraces are
+what to expect, and a detector that finds the white discs but little else. Look at
   training images above generated ones:        $OUT/demo_detector/images/samples_*.png
   images of seeds 0 to 31:                     $OUT/demo_detector/generated/images/grid.png
   originals, reconstructions, difference:      $OUT/demo_detector/images/test.png

@@ -42,7 +42,6 @@ CHECKSUMS = "checksums.json"
 # a bundle folder also holds outputs, checkpoints and perhaps images of patients: only these are ever registered
 BUNDLE_PARTS = ("LICENSE", "configs", "docs", "models/model.pt")
 REQUIRED_FILES = ("LICENSE", "configs/metadata.json", "configs/inference.json", "models/model.pt")
-OVERLAID_CONFIGS = ("inference.json", "evaluate.json", "train.json")
 DESCRIPTION_LENGTH = 5000  # characters of a description column in MLflow's database
 SHOWN_METRICS = 4
 
@@ -93,8 +92,8 @@ def register_bundle(
         tracking_uri: ``sqlite:////path/mlflow.db`` or the address of a server; default: MLFLOW_TRACKING_URI.
         alias: alias to point at the new version.
         metrics: flat JSON file; its numbers become metrics, the rest (and what is not finite) tags.
-        overlays: JSON files whose top-level ids replace those of the same name in the registered inference.json,
-            evaluate.json and train.json: the overlays that the weights were trained with.
+        overlays: JSON files whose top-level ids replace those of the same name in each registered config that builds
+            the network: the overlays that the weights were trained with.
         weights: state dict to register as models/model.pt; default: the bundle's own.
 
     Returns:
@@ -263,7 +262,9 @@ def _stage(root: Path, staged: Path, overlays: Sequence[str | Path], weights: st
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.pyc"))
         elif source.is_file():
             shutil.copyfile(source, copy)
-    configs = {name: _read_json(path) for name in OVERLAID_CONFIGS if (path := staged / "configs" / name).is_file()}
+    # whatever runs the network: its other configs would build another one than the weights are of
+    files = {path.name: _read_json(path) for path in sorted((staged / "configs").glob("*.json"))}
+    configs = {name: config for name, config in files.items() if "network_def" in config}
     for overlay in overlays:
         for key, value in _read_json(Path(overlay)).items():
             having = [config for config in configs.values() if key in config]

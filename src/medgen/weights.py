@@ -23,6 +23,8 @@ def read_state_dict(path: str | Path, shown: str | None = None) -> dict[str, tor
         UserError: not a torch file of plain weights, or not one flat state dict.
     """
     shown = shown or str(path)
+    if not Path(path).is_file():
+        raise UserError(f"no weights at {shown}; name a file that is there")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # a broken or foreign file raises whatever its bytes lead to

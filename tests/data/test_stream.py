@@ -63,7 +63,8 @@ def test_split_smaller_than_a_batch_is_refused():
 
 
 def test_epoch_can_be_a_number_of_images_longer_or_shorter_than_the_dataset():
-    assert len(ResumableDataLoader(Dataset(items(10)), batch_size=2, epoch_images=31)) == 15
+    assert len(ResumableDataLoader(Dataset(items(10)), batch_size=2, epoch_images=31)) == 16
     assert len(ResumableDataLoader(Dataset(items(10)), batch_size=2, epoch_images=4)) == 2
-    with pytest.raises(UserError, match=r"the 4 images of a step, got 3; raise --tick_images"):
-        ResumableDataLoader(Dataset(items(10)), batch_size=4, epoch_images=3)
+    assert len(ResumableDataLoader(Dataset(items(10)), batch_size=4, epoch_images=3)) == 1
+    with pytest.raises(UserError, match=r"epoch_images must be at least 1, got 0; raise --tick_images"):
+        ResumableDataLoader(Dataset(items(10)), batch_size=4, epoch_images=0)

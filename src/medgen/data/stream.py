@@ -65,12 +65,12 @@ class ResumableDataLoader(DataLoader):
         batch_size: images per rank and step.
         seed: seed of order and augmentation.
         num_workers: worker processes.
-        epoch_images: images of an epoch, rounded down to whole steps, where epochs only say how often to validate, as
+        epoch_images: images of an epoch, rounded up to whole steps, where epochs only say how often to validate, as
             in the training of GANs. Default: the dataset's.
         kwargs: passed on to :class:`monai.data.DataLoader`.
 
     Raises:
-        UserError: the dataset, or an epoch, holds fewer images than one step takes.
+        UserError: the dataset holds fewer images than one step takes, or an epoch none.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class ResumableDataLoader(DataLoader):
                 f"a training step takes {self.global_batch_size} images (batch_size {batch_size} × {world_size} "
                 f"processes), the training split holds {len(dataset)}; lower --batch_size"
             )
-        self.epoch_length = (len(dataset) if epoch_images is None else epoch_images) // self.global_batch_size
-        if self.epoch_length == 0:
-            raise UserError(
-                f"an epoch must hold at least the {self.global_batch_size} images of a step, got {epoch_images}; raise "
-                "--tick_images or --max_images"
-            )
+        if epoch_images is None:
+            self.epoch_length = len(dataset) // self.global_batch_size
+        elif epoch_images > 0:
+            self.epoch_length = -(-epoch_images // self.global_batch_size)
+        else:
+            raise UserError(f"epoch_images must be at least 1, got {epoch_images}; raise --tick_images")
         self.images_seen = 0
         super().__init__(
             _AtPosition(dataset, seed),
