@@ -19,6 +19,7 @@ from medgen.errors import UserError
 from medgen.output import (
     atomic_file,
     atomic_write_text,
+    check_apart,
     disable_usage_reports,
     git_revision,
     plain_json,
@@ -152,3 +153,14 @@ def test_plain_json_holds_what_json_knows():
         "none": [None, 1.0],
     }
     json.dumps(plain_json(value), allow_nan=False)
+
+
+def test_output_below_the_input_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    for output_dir in ("in", "in/out", "./in/../in/out", tmp_path / "in" / "a" / "b", "link/out"):
+        with pytest.raises(UserError, match=r"output_dir must lie outside input_dir, got \S+ in in: .*--output_dir"):
+            check_apart("in", output_dir)
+    for input_dir, output_dir in ((None, "in"), ("in", "inner"), ("in", "."), ("in", "out")):
+        check_apart(input_dir, output_dir)

@@ -20,6 +20,7 @@ from medgen.errors import UserError
 __all__ = [
     "atomic_file",
     "atomic_write_text",
+    "check_apart",
     "disable_usage_reports",
     "git_revision",
     "plain_json",
@@ -103,6 +104,23 @@ def prepare_output_dir(output_dir: str | Path, resume: bool = True) -> Path:
             "or choose another --output_dir"
         )
     return folder
+
+
+def check_apart(input_dir: str | Path | None, output_dir: str | Path) -> None:
+    """See that a folder of images does not hold the output folder, whose pictures a later run would take for images.
+
+    Args:
+        input_dir: searched for images with all folders below it; None for none.
+        output_dir: the output folder.
+
+    Raises:
+        UserError: the output folder is the input folder or lies below it, through links, too.
+    """
+    if input_dir and Path(output_dir).resolve().is_relative_to(Path(input_dir).resolve()):
+        raise UserError(
+            f"output_dir must lie outside input_dir, got {output_dir} in {input_dir}: a second run would take the "
+            "results of the first for images; choose another --output_dir"
+        )
 
 
 def unique_name(prefix: str) -> str:

@@ -119,6 +119,31 @@ def test_resumed_run_ends_with_the_same_files(model_path, tmp_path):
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+def test_later_seeds_join_the_earlier_ones(model_path, tmp_path):
+    run("generate", tmp_path, model_path, seeds="0-3")
+    run("generate", tmp_path, model_path, seeds="4-5", resume=True)
+
+    assert [item["seed"] for item in load_datalist(tmp_path / "datalist.json", "training")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_interpolation_between_the_projections_of_a_folder(model_path, tmp_path):
+    network = StyleGAN2Generator.from_preset(PRESET).eval()
+    network.load_state_dict(torch.load(model_path, weights_only=True))
+    with torch.no_grad():
+        ws = GeneratorInferer().mapping([3, 5], network)
+    for name, w in zip(("image2", "image10"), ws, strict=True):
+        texts = {text: np.array("{}") for text in ("settings", "source")}
+        found = {"w": w.numpy(), "loss_curve": np.zeros(1), "steps": np.array(1), "distance": np.array(0.5)}
+        np.savez(tmp_path / f"{name}.npz", **found, **texts)
+
+    run("interpolate", tmp_path / "out", model_path, projections=str(tmp_path), frames=2, file_name="walk.gif")
+
+    with Image.open(tmp_path / "out" / "images" / "walk.gif") as film:
+        frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(film)]
+    for frame, image in zip(frames, expected(model_path, [3, 5])[:, 0], strict=True):
+        assert_same_levels(frame, image)
+
+
 @pytest.mark.parametrize("space", ["w", "z"])
 def test_interpolation_passes_through_its_seeds(space, model_path, tmp_path):
     settings = {"seeds": "3,5", "frames": 6, "truncation_psi": 1.0, "space": space}
@@ -147,6 +172,9 @@ def test_mixing_grid_has_its_sources_at_its_edges(model_path, tmp_path):
     ("config", "settings", "message"),
     [
         ("generate", {"seeds": "0-x"}, "seeds must be whole numbers"),
+        ("generate", {"seeds": 1.5}, "seeds must be whole numbers"),
+        ("generate", {"seeds": None}, "seeds must be whole numbers"),
+        ("generate", {"seeds": "0-9999999"}, "seeds must be at most 1,000,000 numbers"),
         ("generate", {"truncation_psi": float("nan")}, "truncation_psi must be a finite number"),
         ("generate", {"truncation_cutoff": 9}, "truncation_cutoff must be from 0 to 8 layers"),
         ("generate", {"class_index": 0}, "class_index must be null for a network without classes"),
@@ -157,10 +185,13 @@ def test_mixing_grid_has_its_sources_at_its_edges(model_path, tmp_path):
         ("generate", {"resume": "maybe"}, "a switch must be true or false"),
         ("interpolate", {"file_name": "walk.avi"}, "file_name must be a name that ends in .gif, .mp4, .webp"),
         ("interpolate", {"file_name": "../walk.gif"}, "file_name must be a name"),
+        ("interpolate", {"projections": "absent"}, "projections must be a folder that holds two or more records"),
         ("interpolate", {"seeds": 3}, "between two or more latents, got 1"),
         ("interpolate", {"fps": 0}, "fps must be a number above 0"),
         ("interpolate", {"num_classes": 2}, "class_index must be from 0 to 1 for this network, got null"),
         ("mix", {"layers": "0-8"}, "layers must be from 0 to 7 for this network, got 8"),
+        ("mix", {"layers": 1.5}, "layers must be whole numbers"),
+        ("mix", {"rows": None}, "rows must be whole numbers"),
         ("mix", {"columns": "1-"}, "columns must be whole numbers"),
     ],
 )

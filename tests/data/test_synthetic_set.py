@@ -92,6 +92,44 @@ def test_resume_does_what_is_missing_in_the_same_batches(make):
     assert [item["seed"] for item in make(range(12), resume=True).todo] == [10, 11]
 
 
+def test_later_seeds_join_the_earlier_ones(make, tmp_path):
+    for seeds in ([0, 1, 2, 3], [4, 5], [5, 6]):
+        samples = make(seeds, resume=True, num_classes=3)
+        samples.begin()
+        write(samples)
+        samples.finish()
+
+    items = json.loads((tmp_path / "out" / "datalist.json").read_text())["training"]
+    assert [item["seed"] for item in items] == [0, 1, 2, 3, 4, 5, 6]
+    assert [item["label"] for item in items] == [0, 1, 2, 0, 1, 2, 0]
+    assert json.loads((tmp_path / "out" / "generation.json").read_text())["seeds"] == [0, 1, 2, 3, 4, 5, 6]
+    assert np.asarray(Image.open(tmp_path / "out" / "images" / "grid.png")).shape == (3 * 4 + 4, 3 * 6 + 4)
+
+
+def test_seeds_that_an_interrupted_run_did_not_make_are_not_listed(make, tmp_path):
+    killed = make([0, 1, 2])
+    killed.begin()
+    write(killed, killed.items[:1])
+    samples = make([7], resume=True)
+    samples.begin()
+    write(samples)
+    samples.finish()
+
+    items = json.loads((tmp_path / "out" / "datalist.json").read_text())["training"]
+    assert [item["seed"] for item in items] == [0, 7]
+
+
+@pytest.mark.parametrize("content", ["[]", '"text"'])
+def test_a_foreign_record_of_generation_is_no_record(make, tmp_path, content):
+    samples = make()
+    samples.begin()
+    write(samples)
+    (tmp_path / "out" / "generation.json").write_text(content)
+
+    with pytest.raises(UserError, match="were made with truncation_psi None"):
+        make(resume=True).begin()
+
+
 def test_a_folder_with_samples_is_refused_without_resume(make):
     samples = make()
     samples.begin()

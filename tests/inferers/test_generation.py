@@ -88,6 +88,20 @@ def test_torchs_own_generator_is_neither_used_nor_moved():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_noise_has_a_stream_of_its_own(monkeypatch):
+    # torch's and NumPy's Mersenne Twisters have one state for one seed: words in common would tie noise to z
+    network, used = generator(), []
+    monkeypatch.setattr(network, "draw_noise", lambda seeds: used.extend(seeds) or "none")
+
+    images(network, [5, 6], noise_mode="random")
+
+    assert len(set(used)) == 2
+    for seed, derived in zip([5, 6], used, strict=True):
+        of_z = np.random.RandomState(seed).randint(0, 2**32, size=6, dtype=np.uint32) % 2**24
+        of_noise = torch.randint(0, 2**24, (6,), generator=torch.Generator().manual_seed(derived)).numpy()
+        assert not (of_z == of_noise).any()
+
+
 def test_noise_modes_differ_and_none_is_without_the_maps():
     network = generator()
 
@@ -158,6 +172,8 @@ def test_generation_leaves_the_running_mean_of_a_training_as_it_was():
     [
         ({"truncation_psi": float("nan")}, "truncation_psi must be a finite number, got nan"),
         ({"truncation_psi": float("inf")}, "truncation_psi must be a finite number, got inf"),
+        ({"truncation_psi": None}, "truncation_psi must be a finite number, got None"),
+        ({"truncation_psi": [1]}, "truncation_psi must be a finite number"),
         ({"truncation_psi": "0.7x"}, "truncation_psi must be a finite number, got '0.7x'"),
         ({"truncation_cutoff": -1}, "truncation_cutoff must be a number of layers of at least 0"),
         ({"truncation_cutoff": 1.5}, "truncation_cutoff must be a number of layers of at least 0"),
@@ -216,6 +232,11 @@ def test_ranges_of_numbers(given, numbers):
         ("1.5", "got '1.5'"),
         ("٣", "got"),
         (True, "got 'True'"),
+        (1.5, "got '1.5'"),
+        (None, "got 'None'"),
+        ({1: 2}, "got"),
+        ([1, [2]], "got"),
+        ("9" * 5000, "got"),
         ([], "got none"),
         ("9-3", "ends before it begins"),
         ("0-4294967296", "got 4294967296"),
@@ -229,6 +250,10 @@ def test_numbers_that_are_none_are_refused(given, message):
 def test_a_huge_range_is_refused_before_it_fills_the_memory():
     with pytest.raises(UserError, match="got 99999999999999"):
         parse_numbers("0-99999999999999", "seeds")
+    for given in ("0-4294967295", "0-999999,7"):
+        with pytest.raises(UserError, match="seeds must be at most 1,000,000 numbers"):
+            parse_numbers(given, "seeds")
+    assert len(parse_numbers("1-1000000", "seeds")) == 1_000_000
 
 
 def test_classes_that_do_not_exist_are_refused():

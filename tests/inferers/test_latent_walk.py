@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,11 +108,36 @@ def test_walk_within_a_class(network_of_classes, space):
     torch.testing.assert_close(got, images(network_of_classes, [4, 8], 1), atol=1e-5, rtol=0)
 
 
+def write_record(path: Path, w: torch.Tensor) -> None:
+    path.parent.mkdir(exist_ok=True)
+    texts = {name: np.array("{}") for name in ("settings", "source")}
+    np.savez(path, w=w.numpy(), loss_curve=np.zeros(1), steps=np.array(1), distance=np.array(0.0), **texts)
+
+
+def test_folder_of_projections_is_walked_in_natural_order(network, tmp_path):
+    for name, value in (("image10.npz", 2.0), ("image2.npz", 1.0), ("p1/image1.npz", 3.0)):
+        write_record(tmp_path / name, torch.full((network.num_ws, network.w_dim), value))
+    (tmp_path / "notes.txt").write_text("no record")
+
+    for folder in (tmp_path, str(tmp_path), [tmp_path]):
+        inferer = LatentWalkInferer(projections=folder)
+        inferer.check(network)
+        assert [w[0, 0].item() for w in inferer.projected] == [1, 2, 3]
+
+
+def test_one_projection_is_no_walk(network, tmp_path):
+    write_record(tmp_path / "a.npz", torch.zeros(network.num_ws, network.w_dim))
+    (tmp_path / "empty").mkdir()
+
+    for given, count in ((tmp_path, 1), (tmp_path / "a.npz", 1), (tmp_path / "empty", 0), ([], 0)):
+        with pytest.raises(UserError, match=f"two or more records .*, got {count} from .*; set --projections"):
+            LatentWalkInferer(projections=given)
+
+
 def test_walk_between_projections(network, tmp_path):
     ws = torch.randn(2, network.num_ws, network.w_dim, generator=torch.Generator().manual_seed(0))
     for number, w in enumerate(ws):
-        other = {"loss_curve": np.zeros(1), "steps": np.array(1), "distance": np.array(0.0)}
-        np.savez(tmp_path / f"{number}.npz", w=w.numpy(), settings=np.array(json.dumps({})), **other)
+        write_record(tmp_path / f"{number}.npz", w)
     inferer = LatentWalkInferer(projections=[tmp_path / "0.npz", tmp_path / "1.npz"])
 
     inferer.check(network)
@@ -141,7 +166,8 @@ def test_positions_of_a_closed_walk_stop_before_the_first_seed_comes_again():
         (lambda: walk_positions(3, 1, True), "frames must be at least 2, got 1"),
         (lambda: LatentWalkInferer([1, 2], space="x"), "space must be w or z, got 'x'"),
         (lambda: LatentWalkInferer(projections="x.npz", space="z"), "space must be w for projections"),
-        (lambda: LatentWalkInferer(projections="missing.npz"), "missing.npz is no whole record"),
+        (lambda: LatentWalkInferer(projections=["missing.npz"] * 2), "missing.npz is no whole record"),
+        (lambda: LatentWalkInferer(projections=3), "projections must be a folder or a list of files, got 3"),
         (lambda: LatentWalkInferer([1, 2], truncation_psi=float("nan")), "truncation_psi must be a finite number"),
     ],
 )

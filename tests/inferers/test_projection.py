@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from medgen.errors import UserError
 from medgen.inferers import StyleGAN2Projector, latent_statistics
@@ -263,6 +264,37 @@ def test_image_on_a_plateau_leaves_the_batch_and_the_others_go_on(generator):
     torch.testing.assert_close(found["w"][1], stopped["w"][0], rtol=1e-3, atol=1e-3)
 
 
+def test_compiled_projection_takes_the_same_steps(generator, monkeypatch):
+    real = torch.compile
+    # what inductor adds is speed, and a minute
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="aot_eager"))
+    torch._dynamo.reset()
+    images = make_images(generator, 3)
+    images[1] = 0
+    settings = {"loss": FlatForDark(), "steps": 60, "min_improvement": 0.0, "patience": 12}
+    eager = make_projector(**settings)(images, generator)
+    with torch.inference_mode():
+        compiled = make_projector(**settings, compile=True)(images, generator)
+    assert compiled["steps"].tolist() == eager["steps"].tolist() == [60, 30, 60]
+    torch.testing.assert_close(compiled["w"], eager["w"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(compiled["distance"], eager["distance"], rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_backward_pass_leaves_the_weights_out(generator, monkeypatch):
+    real, flops, found = torch.compile, [], []
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="aot_eager"))
+    torch._dynamo.reset()
+    images = make_images(generator, 2)
+    for compiled in (False, True):
+        projector = make_projector(steps=2, compile=compiled)
+        found.append(projector(images, generator)["w"])  # compiles
+        with FlopCounterMode(display=False) as counter:
+            projector(images, generator)
+        flops.append(counter.get_total_flops())
+    assert flops[1] <= flops[0]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
 def test_batch_in_which_all_have_stopped_ends(generator):
     images = make_images(generator, 2)
     found = make_projector(steps=1000, patience=10, min_improvement=1.0)(images, generator)
@@ -354,12 +386,19 @@ def test_projection_starts_from_a_given_w(generator, space, layers):
     [
         ({"space": "z"}, "space must be w or w\\+, got 'z'"),
         ({"render_noise": "random"}, "render_noise must be optimised or const"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"w_avg_samples": 0}, "w_avg_samples must be at least 1"),
-        ({"initial_lr": -1}, "initial_lr must be 0 or more, got -1"),
-        ({"noise_regularisation": float("nan")}, "noise_regularisation must be 0 or more, got nan"),
-        ({"min_improvement": 2}, "min_improvement must be from 0 to 1, got 2"),
-        ({"noise_ramp": -0.1}, "noise_ramp must be from 0 to 1"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": "x"}, "steps must be a whole number of at least 1, got 'x'"),
+        ({"w_avg_samples": 0}, "w_avg_samples must be a whole number of at least 1"),
+        ({"patience": 2.5}, "patience must be a whole number of at least 0, got 2.5"),
+        ({"seed": None}, "seed must be a whole number of at least 0, got None"),
+        ({"initial_lr": -1}, "initial_lr must be a number from 0 to 1e\\+12, got -1"),
+        ({"initial_lr": "x"}, "initial_lr must be a number from 0 to 1e\\+12, got 'x'"),
+        ({"noise_regularisation": float("nan")}, "noise_regularisation must be a number from 0 to 1e\\+12, got nan"),
+        ({"noise_regularisation": float("inf")}, "noise_regularisation must be a number from 0 to 1e\\+12, got inf"),
+        ({"noise_regularisation": [1]}, "noise_regularisation must be a number"),
+        ({"min_improvement": 2}, "min_improvement must be a number from 0 to 1, got 2"),
+        ({"min_improvement": "x"}, "min_improvement must be a number from 0 to 1, got 'x'"),
+        ({"noise_ramp": -0.1}, "noise_ramp must be a number from 0 to 1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
@@ -388,10 +427,21 @@ def test_generator_with_classes_asks_for_labels():
         make_projector(steps=1)(torch.rand(1, 1, 16, 16), generator)
 
 
-def test_divergence_is_one_line(generator):
-    class Infinite(MeanSquare):
+@pytest.mark.parametrize("patience", [0, 4])
+def test_image_that_diverges_does_not_disturb_the_others(generator, patience):
+    class InfiniteForDark(FlatForDark):
         def forward(self, images, features):
-            return super().forward(images, features) * torch.inf
+            target, bright = features
+            return MeanSquare.forward(self, images, (target,)) / bright
 
-    with pytest.raises(UserError, match="not finite; lower initial_lr"):
-        make_projector(steps=2, loss=Infinite())(make_images(generator, 1), generator)
+    images = make_images(generator, 3)
+    settings = {"loss": InfiniteForDark(), "steps": 20, "patience": patience, "min_improvement": 0.0}
+    expected = make_projector(**settings)(images, generator)
+    dark = images.clone()
+    dark[1] = 0
+    found = make_projector(**settings)(dark, generator)
+    assert found["distance"].isfinite().tolist() == [True, False, True]
+    assert found["steps"][1] == 20
+    for n in (0, 2):
+        torch.testing.assert_close(found["w"][n], expected["w"][n], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found["distance"][n], expected["distance"][n], rtol=1e-3, atol=1e-4)

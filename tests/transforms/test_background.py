@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from medgen.errors import UserError
 from medgen.transforms import InBackground
@@ -51,6 +52,26 @@ def test_items_do_not_pile_up():
     background.finish()
 
     assert most[0] <= WAITING + 2
+
+
+def test_items_that_wait_do_not_keep_their_batch():
+    handed, may_end = [], threading.Event()
+
+    def work(item):
+        may_end.wait(10)
+        handed.append(item["pred"])
+
+    batch = torch.rand(8, 1, 4, 4)
+    background = InBackground(work, num_workers=1)
+    background({"pred": batch[3], "name": "a"})
+    expected = batch[3].clone()
+    batch.zero_()
+    may_end.set()
+    background.finish()
+
+    assert torch.equal(handed[0], expected)
+    assert handed[0].untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+    assert WAITING * 16 <= 64  # items of the bundle's 16 threads: two batches, not thirty
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -20,8 +20,9 @@ def pending_groups(
 
     The list is cut into groups of ``group_size`` from its beginning, and a group with any item to do is done wholly.
     What works through the result in batches of ``group_size`` then meets the same batches as a run that was never
-    interrupted, and so computes the same numbers to the last bit, although sums are rounded by the batch. Going on with
-    another ``group_size``, as when memory ran out, is right but for that rounding.
+    interrupted, and so computes the same numbers to the last bit, although sums are rounded by the batch. Where many
+    steps amplify that rounding (:class:`~medgen.inferers.StyleGAN2Projector` has figures), ``is_finished`` has to
+    refuse results of another ``group_size``.
 
     Args:
         items: all items, in their order.

@@ -11,28 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from medgen.data.datalist import write_datalist
 from medgen.data.image_set import file_sha256
 from medgen.data.pending import pending_groups
 from medgen.data.reader import read_frames
 from medgen.errors import UserError
-from medgen.output import atomic_file, atomic_write_text
+from medgen.output import atomic_write_text
 
 __all__ = ["SyntheticSet"]
 
 SUFFIXES = {"png": ".png", "dicom": ".dcm"}
-GAP = 2  # white pixels between the images of the grid
 
 
 class SyntheticSet:
     """Images generated from seeds, below ``output_dir``.
 
     - ``samples/seed000042.png`` (or ``.dcm``), one for each seed, written by the caller;
-    - ``generation.json``, the settings that decide the pixels: a folder holds images of one setting only;
+    - ``generation.json``, the settings that decide the pixels, since a folder holds images of one setting only, and
+      the seeds of all runs in it;
     - ``datalist.json``, each image a patient of its own (``synthetic-42``) with its seed, its class and the SHA-256 of
-      the generator's weights, so that metrics and trainings read the set like a real one;
+      the generator's weights, so that metrics and trainings read the set like a real one; images of earlier runs in the
+      folder are among them;
     - ``images/grid.png``, the first images.
 
     Args:
@@ -75,12 +75,8 @@ class SyntheticSet:
         self.name, self.modality, self.grid_images = name, modality, grid_images
         self.suffix = SUFFIXES[file_format]
         self._settings = {**settings, "class_index": class_index, "file_format": file_format}
-        self.items: list[dict[str, Any]] = []
-        for seed in dict.fromkeys(seeds):
-            item: dict[str, Any] = {"seed": seed, "name": f"seed{seed:06d}", "patient": f"synthetic-{seed}"}
-            if num_classes:
-                item["label"] = seed % num_classes if class_index is None else class_index
-            self.items.append(item)
+        self.num_classes, self.class_index = num_classes, class_index
+        self.items = [self._item(seed) for seed in dict.fromkeys(seeds)]
         there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         there = {file for file in there if file.endswith(tuple(SUFFIXES.values())) and not file.startswith(".")}
         if there and not resume:
@@ -88,8 +84,29 @@ class SyntheticSet:
                 f"{self.folder} holds {len(there)} samples already; make the rest with --resume true, or choose "
                 "another --output_dir"
             )
-        self._resumed = bool(there)
+        self._before = self._read_generation() if there else None
         self.todo = pending_groups(self.items, lambda item: item["name"] + self.suffix in there, batch_size, resume)
+
+    def _item(self, seed: int) -> dict[str, Any]:
+        item: dict[str, Any] = {"seed": seed, "name": f"seed{seed:06d}", "patient": f"synthetic-{seed}"}
+        if self.num_classes:
+            item["label"] = seed % self.num_classes if self.class_index is None else self.class_index
+        return item
+
+    def _read_generation(self) -> dict[str, Any]:
+        """What an earlier run recorded; empty where that cannot be read."""
+        try:
+            before = json.loads((self.output_dir / "generation.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return before if isinstance(before, dict) else {}
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Of this run and of those before it in the same folder, in the order in which they were asked for."""
+        before = (self._before or {}).get("seeds")
+        before = [seed for seed in before if type(seed) is int] if isinstance(before, list) else []
+        return list(dict.fromkeys([*before, *(item["seed"] for item in self.items)]))
 
     @property
     def folder(self) -> Path:
@@ -125,24 +142,25 @@ class SyntheticSet:
         Raises:
             UserError: no weights, or others, or other settings.
         """
-        path = self.output_dir / "generation.json"
-        if self._resumed:
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                before = {}
+        if self._before is not None:
             for key, value in self.record.items():
-                if before.get(key) != value:
+                if self._before.get(key) != value:
                     raise UserError(
-                        f"the samples in {self.folder} were made with {key} {before.get(key)}, this run has {value}; "
-                        "resume with what they were made with, or choose another --output_dir"
+                        f"the samples in {self.folder} were made with {key} {self._before.get(key)}, this run has "
+                        f"{value}; resume with what they were made with, or choose another --output_dir"
                     )
-        atomic_write_text(path, json.dumps(self.record, indent=4) + "\n")
+        generation = {**self.record, "seeds": self.seeds}
+        atomic_write_text(self.output_dir / "generation.json", json.dumps(generation) + "\n")
 
     def finish(self) -> None:
-        """Write the datalist and the grid, once all samples are there."""
+        """Write the datalist and the grid, once all samples are there.
+
+        Seeds of an earlier run that was interrupted before it had made them are left out.
+        """
         items = []
-        for item in self.items:
+        for item in map(self._item, self.seeds):
+            if not (self.folder / f"{item['name']}{self.suffix}").is_file():
+                continue
             label = {"label": item["label"]} if "label" in item else {}
             items.append(
                 {
@@ -165,17 +183,13 @@ class SyntheticSet:
 
     def _write_grid(self, files: list[Path]) -> None:
         """The samples row by row, from the files: what is on the disk is what a person should see."""
-        tiles = [np.rint(read_frames(file)[0].pixels * 255).astype(np.uint8) for file in files]
-        # the reader gives colour without colour as grey
-        if any(tile.ndim == 3 for tile in tiles):
-            tiles = [tile if tile.ndim == 3 else np.repeat(tile[..., None], 3, axis=2) for tile in tiles]
+        import torch  # here, since importing this package must import neither torch nor MONAI
+
+        from medgen.handlers import save_grid
+
+        tiles = [np.atleast_3d(read_frames(file)[0].pixels).transpose(2, 0, 1) for file in files]
+        channels = max(tile.shape[0] for tile in tiles)  # the reader gives colour without colour as grey
+        tiles = [torch.from_numpy(np.repeat(tile, channels // tile.shape[0], axis=0)) for tile in tiles]
         columns = math.ceil(math.sqrt(len(tiles)))
-        rows = math.ceil(len(tiles) / columns)
-        height, width = tiles[0].shape[:2]
-        shape = (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, *tiles[0].shape[2:])
-        grid = np.full(shape, 255, dtype=np.uint8)
-        for number, tile in enumerate(tiles):
-            top, left = number // columns * (height + GAP), number % columns * (width + GAP)
-            grid[top : top + height, left : left + width] = tile
-        with atomic_file(self.output_dir / "images" / "grid.png") as file:
-            Image.fromarray(grid).save(file, format="PNG")
+        tiles += [torch.ones_like(tiles[0])] * (-len(tiles) % columns)
+        save_grid(torch.stack(tiles).split(columns), self.output_dir / "images" / "grid.png")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from monai.inferers import Inferer
 
+from medgen.data.stream import derive_seed
 from medgen.errors import UserError
 from medgen.networks import StyleGAN2Generator
 
@@ -18,13 +19,15 @@ __all__ = ["NOISE_MODES", "GeneratorInferer", "PrepareInputs", "check_class", "d
 
 NOISE_MODES = ("const", "random", "none")
 LARGEST_SEED = 2**32 - 1  # of NumPy's Mersenne Twister
+MOST_NUMBERS = 1_000_000  # of a setting
+NOISE_STREAM = 1
 
 
 def draw_latents(seeds: Sequence[int], latent_dim: int) -> torch.Tensor:
     """Latents z that depend on each image's own seed and not on the batch it stands in.
 
     NumPy's Mersenne Twister, whose stream is frozen, and which StyleGAN2's authors draw from, too: a seed that a paper
-    names gives that paper's image with its network. It shares nothing with the streams of the noise maps.
+    names gives that paper's image with its network.
 
     Args:
         seeds: one for each image, from 0 to 2³² − 1.
@@ -55,13 +58,15 @@ def parse_numbers(numbers: int | str | Iterable[int], name: str, largest: int = 
         The numbers, at least one, in the order given; what is given twice stands there twice.
 
     Raises:
-        UserError: not such numbers.
+        UserError: not such numbers, or more than a million.
     """
     wanted = f"{name} must be whole numbers from 0 to {largest}, such as 7, 1,5,9 or 0-99"
-    parts = numbers.split(",") if isinstance(numbers, str) else [numbers] if isinstance(numbers, int) else numbers
+    parts = numbers.split(",") if isinstance(numbers, str) else [numbers]
+    if isinstance(numbers, Iterable) and not isinstance(numbers, str | Mapping):
+        parts = numbers
     found: list[int] = []
     for part in parts:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(part).strip(), re.ASCII)
+        match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", str(part).strip(), re.ASCII)
         if match is None or isinstance(part, bool):
             raise UserError(f"{wanted}; got {str(part)!r:.40} in {str(numbers)!r:.80}; set --{name}")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -69,6 +74,8 @@ def parse_numbers(numbers: int | str | Iterable[int], name: str, largest: int = 
             raise UserError(f"{wanted}; got the range {first}-{last}, which ends before it begins; set --{name}")
         if last > largest:
             raise UserError(f"{wanted}; got {last}; set --{name}")
+        if len(found) + last - first >= MOST_NUMBERS:
+            raise UserError(f"{name} must be at most {MOST_NUMBERS:,} numbers, got more; set --{name} for each part")
         found.extend(range(first, last + 1))
     if not found:
         raise UserError(f"{wanted}; got none; set --{name}")
@@ -137,7 +144,8 @@ class GeneratorInferer(Inferer):
     def __init__(
         self, truncation_psi: float = 1.0, truncation_cutoff: int | None = None, noise_mode: str = "const"
     ) -> None:
-        if isinstance(truncation_psi, bool | str) or not math.isfinite(truncation_psi):
+        is_number = isinstance(truncation_psi, int | float) and not isinstance(truncation_psi, bool)
+        if not is_number or not math.isfinite(truncation_psi):
             raise UserError(
                 f"truncation_psi must be a finite number, got {truncation_psi!r}; set --truncation_psi to 1 for the "
                 "full variety or 0.7 for fewer outliers"
@@ -180,7 +188,10 @@ class GeneratorInferer(Inferer):
         self, ws: torch.Tensor, network: StyleGAN2Generator, seeds: Sequence[int] | torch.Tensor
     ) -> torch.Tensor:
         """Images in [0, 1] of W+ (B, L, W); the seeds are those of ``random`` noise."""
-        noise = network.draw_noise(_whole(seeds)) if self.noise_mode == "random" else self.noise_mode
+        noise: str | list[torch.Tensor] = self.noise_mode
+        if noise == "random":
+            # of the seed itself, torch's Mersenne Twister would have the very state that NumPy's draws z from
+            noise = network.draw_noise([derive_seed(seed, NOISE_STREAM) for seed in _whole(seeds)])
         return network.synthesis(ws, noise).float().add(1).div(2).clamp(0, 1)
 
     def __call__(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medgen.data.datalist import list_files
 from medgen.errors import UserError
 from medgen.inferers.generation import GeneratorInferer, check_class, draw_latents
 from medgen.networks import StyleGAN2Generator
@@ -68,6 +69,7 @@ class LatentWalkInferer(GeneratorInferer):
     Args:
         seeds: of the latents on the way; unless there are projections.
         projections: records of projected images (``.npz``), whose w are the latents on the way; they are not truncated.
+            A folder, whose records are taken in natural order with those below it, or a list of files and folders.
         space: ``w`` or ``z``.
         class_index: class of all images, of a network with classes.
         truncation_psi: see :class:`GeneratorInferer`.
@@ -75,13 +77,13 @@ class LatentWalkInferer(GeneratorInferer):
         noise_mode: see :class:`GeneratorInferer`; ``random`` is the first seed's for all frames, or they would flicker.
 
     Raises:
-        UserError: a setting that no network can be given, or a record that cannot be read.
+        UserError: a setting that no network can be given, fewer than two records, or one that cannot be read.
     """
 
     def __init__(
         self,
         seeds: Sequence[int] = (),
-        projections: str | Sequence[str | Path] | None = None,
+        projections: str | Path | Sequence[str | Path] | None = None,
         space: str = "w",
         class_index: int | None = None,
         truncation_psi: float = 1.0,
@@ -91,12 +93,10 @@ class LatentWalkInferer(GeneratorInferer):
         super().__init__(truncation_psi, truncation_cutoff, noise_mode)
         if space not in SPACES:
             raise UserError(f"space must be {' or '.join(SPACES)}, got {space!r}; set --space w")
-        if projections and space != "w":
+        if projections is not None and space != "w":
             raise UserError("space must be w for projections, which have no z; set --space w")
         self.seeds, self.space, self.class_index = list(seeds), space, class_index
-        self.projected = [
-            _read_w(path) for path in ([projections] if isinstance(projections, str) else projections or [])
-        ]
+        self.projected = [] if projections is None else [_read_w(path) for path in _records(projections)]
 
     def __len__(self) -> int:
         """Latents on the way."""
@@ -149,6 +149,22 @@ class LatentWalkInferer(GeneratorInferer):
                 anchors = self.mapping(self.seeds, network, labels)
             ws = torch.lerp(anchors[start.to(device)], anchors[end.to(device)], t.to(device)[:, None, None])
         return self.synthesis(ws, network, [self.seeds[0] if self.seeds else 0] * len(inputs))
+
+
+def _records(projections: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that are named, and those in the folders that are."""
+    if not isinstance(projections, str | Path | Sequence):
+        raise UserError(f"projections must be a folder or a list of files, got {projections!r}; set --projections")
+    found = []
+    for entry in [projections] if isinstance(projections, str | Path) else projections:
+        path = Path(str(entry))
+        found += [path / file for file in list_files(path) if file.endswith(".npz")] if path.is_dir() else [path]
+    if len(found) < 2:
+        raise UserError(
+            f"projections must be a folder that holds two or more records (.npz), or a list of them, got {len(found)} "
+            f"from {projections}; set --projections to the folder projections of a run of project.json"
+        )
+    return found
 
 
 def _read_w(path: str | Path) -> torch.Tensor:

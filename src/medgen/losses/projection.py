@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from medgen.data.image_set import file_sha256
 from medgen.errors import UserError
 from medgen.losses.perceptual import LocalLPIPS
 from medgen.metrics.diversity import C1, C2, SCALE_WEIGHTS, SIGMA
@@ -84,6 +85,7 @@ class LPIPSProjectionLoss(ProjectionLoss):
                 f"perceptual_weights must be a file with torchvision's vgg16, no file at {weights}; name one, or leave "
                 "--perceptual_weights out for the loss of pixels and MS-SSIM that needs none"
             )
+        self.weights_sha256 = file_sha256(weights)
         lpips = LocalLPIPS("vgg", weights, rescale=True).lpips
         self.scaling, self.backbone = lpips.scaling_layer, lpips.net
         self.channel_weights = nn.ParameterList(
@@ -94,8 +96,8 @@ class LPIPSProjectionLoss(ProjectionLoss):
 
     @property
     def settings(self) -> dict[str, str | float]:
-        """Name and side of the comparison."""
-        return {"loss": "lpips_vgg", "largest_side": LPIPS_SIDE}
+        """Name, side of the comparison, and SHA-256 of the weights' file."""
+        return {"loss": "lpips_vgg", "largest_side": LPIPS_SIDE, "perceptual_sha256": self.weights_sha256}
 
     def prepare(self, target: torch.Tensor) -> Features:
         """Embedding of targets (B, 1 or 3, H, W) in [0, 1]: a tensor for each layer."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
 from monai.transforms import Transform
 
 from medgen.errors import UserError
 
 __all__ = ["InBackground"]
 
-WAITING = 64  # items for each thread: a batch or two; more would only fill the memory
+WAITING = 4  # items for each thread: they keep it busy while the next batch comes; more would only fill the memory
 
 
 class InBackground(Transform):
@@ -21,6 +22,9 @@ class InBackground(Transform):
 
     Encoding a PNG takes as long as a GPU takes to draw it, and Python's lock is free meanwhile. An error comes up at
     one of the next items, or in :meth:`finish`, which has to be called after the last.
+
+    Threads get copies of an item's tensors, on the CPU: the items of a decollated batch are views of it, and one that
+    waits would keep the whole batch in the GPU's memory.
 
     Args:
         transform: what to do with each item; what it returns is dropped.
@@ -45,7 +49,11 @@ class InBackground(Transform):
             return data
         while self._waiting and (self._waiting[0].done() or len(self._waiting) >= WAITING * self.num_workers):
             self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self.transform, data))
+        own = {
+            key: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+            for key, value in data.items()
+        }
+        self._waiting.append(self._pool.submit(self.transform, own))
         return data
 
     def finish(self) -> None:
