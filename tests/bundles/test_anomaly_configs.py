@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from PIL import Image
+from running import assert_one_line
 
 from medgen.data import write_datalist
 from medgen.errors import find_user_error
@@ -153,16 +155,42 @@ def test_any_two_folders_can_be_scored(make, tmp_path):
     settings = {"input_dir": str(tmp_path / "in"), "reconstruction_dir": str(tmp_path / "rec"), "patch": 8}
     run(make("score", tmp_path / "out", **settings))
     (row,) = read(tmp_path / "out/scores.csv")
-    assert (row["image"], row["patch"]) == ("p/a.bmp", "8")
+    assert (row["image"], row["patient"], row["patch"]) == ("p/a.bmp", "p/a", "8")
     assert float(row["mse_full"]) == pytest.approx((51 / 255) ** 2)
     assert float(row["wd_patch"]) == pytest.approx(51 / 255)
 
 
+def test_folders_of_images_of_different_sizes_can_be_scored(make, tmp_path):
+    random = np.random.default_rng(0)
+    for number, size in enumerate([(60, 60), (64, 80), (40, 40)]):
+        image = random.integers(0, 255, size, dtype=np.uint8)
+        for folder, pixels in (("in", image), ("rec", 255 - image)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
+    settings = {"input_dir": str(tmp_path / "in"), "reconstruction_dir": str(tmp_path / "rec")}
+    run(make("score", tmp_path / "out", **settings))
+    rows = read(tmp_path / "out/scores.csv")
+    assert [row["patch"] for row in rows] == ["15", "16", "10"]
+    assert [bool(row["ms_ssim"]) for row in rows] == [True, True, False]
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (metrics["n"], metrics["n_patients"], metrics["n_anomalous"]) == (3, 3, 0)
+    with Image.open(tmp_path / "out/images/scored.png") as grid:
+        assert grid.size == (3 * 82 - 2, 3 * 66 - 2)
+
+
+def test_other_reconstructions_have_no_columns_of_the_projections_beside_them(make, inferred, tmp_path):
+    shutil.copytree(inferred, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "scores.csv").unlink()
+    run(make("score", tmp_path))
+    assert "projection_steps" in read(tmp_path / "scores.csv")[0]
+    (tmp_path / "reconstructions").rename(tmp_path / "of another detector")
+    run(make("score", tmp_path, reconstruction_dir=str(tmp_path / "of another detector")))
+    assert "projection_steps" not in read(tmp_path / "scores.csv")[0]
+
+
 def test_scoring_without_reconstructions_says_what_to_do(make, tmp_path):
-    made = make("score", tmp_path)
-    made.initialize()
     with pytest.raises(Exception, match=r".") as caught:
-        made.run()
+        run(make("score", tmp_path))
     assert "6 of 6 reconstructions are missing" in find_user_error(caught.value)
 
 
@@ -170,6 +198,54 @@ def test_senseless_patch_is_refused_before_the_projection(make, tmp_path):
     with pytest.raises(Exception, match=r".") as caught:
         make("inference", tmp_path, patch=0).initialize()
     assert "patch must be a whole number of pixels" in find_user_error(caught.value)
+
+
+def spoil(change):
+    """Settings with a datalist in which something has been changed."""
+
+    def settings(anomalies, folder):
+        shutil.copytree(anomalies.parent, folder)
+        content = json.loads((folder / "datalist.json").read_text())
+        change(content["test"], folder)
+        (folder / "datalist.json").write_text(json.dumps(content))
+        return {"datalist": str(folder / "datalist.json")}
+
+    return settings
+
+
+def cut_off(items, folder):
+    file = folder / items[4]["image"]
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def replace_mask(items, folder):
+    Image.fromarray(np.ones((90, 64), np.uint8)).save(folder / items[3]["anomaly_mask"])
+
+
+@pytest.mark.parametrize("config", ["inference", "evaluate"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda *_: {"patch": 65}, "shorter side of the image, 64 pixels, got 65"),
+        (
+            lambda *_: {"mse_limit": "abc", "save_overlays": True},
+            r"limits must be a number above 0 .*'abc'.*--mse_limit",
+        ),
+        (spoil(lambda items, _: items[1].update(anomaly=2)), r"anomaly must be 1, or 0 .* got 2 for .*1\.png"),
+        (spoil(lambda items, _: items[1].update(anomaly="needle")), "got 'needle'"),
+        (spoil(cut_off), r"4\.png: .*truncated or damaged.* \(1 of 6 items cannot be used\)"),
+        (spoil(replace_mask), r"mask3\.png: an anomaly_mask must have its image's 64×90 pixels .* got 90×64"),
+    ],
+    ids=["patch", "limit", "2", "needle", "cut off", "mask"],
+)
+def test_what_would_fail_after_the_projection_is_refused_before_it(
+    config, settings, message, make, anomalies, tmp_path
+):
+    made = make(config, tmp_path / "out", **settings(anomalies, tmp_path / "data"))
+    with pytest.raises(Exception, match=r".") as caught:
+        made.initialize()
+    assert_one_line(caught.value, message)
+    assert not list((tmp_path / "out").rglob("*.npz"))
 
 
 def test_evaluation_measures_detection_localisation_and_reconstruction(make, inferred, tmp_path):
@@ -190,7 +266,8 @@ def test_evaluation_measures_detection_localisation_and_reconstruction(make, inf
         "delong_p_full",
         "model_sha256",
     } <= metrics.keys()
-    assert (metrics["n"], metrics["n_anomalous"], metrics["split"], metrics["image_size"]) == (6, 3, "test", [64, 64])
+    assert (metrics["n"], metrics["n_anomalous"], metrics["n_patients"], metrics["split"]) == (6, 3, 6, "test")
+    assert (metrics["image_height"], metrics["image_width"]) == (64, 64)
     assert {file.name for file in (tmp_path / "images").iterdir()} == {"test.png", "roc.png"}
     assert not (tmp_path / "overlays").exists()
 
@@ -213,11 +290,23 @@ def test_detection_from_tables_alone(make, inferred, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(make("detect", one, scores=str(inferred / "scores.csv")))
     run(make("detect", two, scores=str(tmp_path / "0.csv"), anomalous_scores=str(tmp_path / "1.csv")))
-    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
+    first, second = (json.loads((folder / "detection.json").read_text()) for folder in (one, two))
     assert "auroc_mse_patch" in first
     assert "auroc_mse_patch" not in second
     assert second["auroc_wd_full"] == first["auroc_wd_full"]
     assert second["permutation_p_mse_full"] == first["permutation_p_mse_full"]
+
+
+def test_scoring_is_the_same_everywhere():
+    chains = {}
+    for name in ("score", "inference", "evaluate"):
+        config = json.loads((BUNDLE / "configs" / f"{name}.json").read_text())
+        chain = config.get("score", config)["preprocessing"]["transforms"]
+        # without it two detectors' DICOM objects would share a series
+        origins = [step.pop("origin") for step in chain if step["_target_"] == "medgen.transforms.SaveAnomalyDICOMd"]
+        assert len(origins) == 1
+        chains[name] = chain
+    assert chains["score"] == chains["inference"] == chains["evaluate"]
 
 
 @pytest.mark.parametrize("config", ["inference", "evaluate", "score", "detect"])
@@ -231,7 +320,7 @@ def test_projection_settings_are_the_same_everywhere():
     project, inference, evaluate = (
         json.loads((BUNDLE / "configs" / f"{name}.json").read_text()) for name in ("project", "inference", "evaluate")
     )
-    own = {"run_name", "data_root", "items", "initialize", "run"}
+    own = {"run_name", "data_root", "items", "projected", "initialize", "run"}
     shared = {name: value for name, value in project.items() if not isinstance(value, dict | list)} | {
         "imports": project["imports"]
     }

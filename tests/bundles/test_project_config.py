@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import logging
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +19,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from running import assert_one_line, command, finish, run, start
 
+from medgen.losses import PixelMSSSIMLoss
 from medgen.networks import StyleGAN2Generator
 from medgen.transforms import ProjectionRecord
 
@@ -40,10 +44,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make(folder: Path, output_dir: Path, datalist: Path, overlay: str = "tiny", **overrides) -> ConfigWorkflow:
+def make(
+    folder: Path, output_dir: Path, datalist: Path, overlay: str = "tiny", config: str = "project", **overrides
+) -> ConfigWorkflow:
     settings = {"bundle_root": str(BUNDLE), "datalist": str(datalist), "output_dir": str(output_dir), "num_workers": 0}
     settings |= {"model_path": str(folder / f"{overlay}.pt"), "steps": 4, "batch_size": 2, "split": "training"}
-    files = [str(BUNDLE / "configs" / "project.json"), str(folder / f"{overlay}.json")]
+    files = [str(BUNDLE / "configs" / f"{config}.json"), str(folder / f"{overlay}.json")]
     return ConfigWorkflow(files, logging_file=False, workflow_type="infer", **{**settings, **overrides})
 
 
@@ -124,6 +130,22 @@ def test_lost_record_is_made_again_with_its_group(folder, datalist, tmp_path):
     assert files_in(tmp_path / "out") == before
 
 
+def test_lost_reconstruction_is_made_again_with_its_group(folder, datalist, tmp_path):
+    run(make(folder, tmp_path / "out", datalist))
+    before = files_in(tmp_path / "out")
+    (tmp_path / "out/reconstructions/image1.png").unlink()
+    run(make(folder, tmp_path / "out", datalist, resume=True))
+    assert files_in(tmp_path / "out") == before
+
+
+def test_image_that_cannot_be_read_is_refused_before_the_projection(folder, datalist, tmp_path):
+    shutil.copytree(datalist.parent, tmp_path / "data")
+    (tmp_path / "data/image3.png").write_bytes(b"")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        make(folder, tmp_path / "out", tmp_path / "data/datalist.json").initialize()
+    assert_one_line(caught.value, r"image3\.png: empty file \(0 bytes\) \(1 of 4 items cannot be used\)")
+
+
 def test_classes_come_from_the_datalist(folder, datalist, tmp_path):
     run(make(folder, tmp_path / "out", datalist, overlay="classes", steps=1))  # one step leaves w where it starts
     items = json.loads(datalist.read_text())["training"]
@@ -149,6 +171,10 @@ def test_classes_come_from_the_datalist(folder, datalist, tmp_path):
         ({"perceptual_weights": "absent.pth"}, r"no file at absent\.pth; .*leave --perceptual_weights out"),
         ({"resume": "perhaps"}, "a switch must be true or false, got 'perhaps'"),
         ({"input_dir": "absent"}, "expected a folder, got absent"),
+        ({"patience": 2.5}, "patience must be a whole number of at least 0, got 2.5"),
+        ({"initial_lr": "x"}, "initial_lr must be a number from 0 to"),
+        ({"noise_regularisation": "x"}, "noise_regularisation must be a number from 0 to"),
+        ({"min_improvement": "x"}, "min_improvement must be a number from 0 to 1, got 'x'"),
     ],
 )
 def test_mistakes_in_the_settings_are_one_line(overrides, message, folder, datalist, tmp_path):
@@ -162,6 +188,97 @@ def test_other_settings_are_not_mixed_into_an_earlier_projection(folder, datalis
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(make(folder, tmp_path / "out", datalist, resume=True, steps=5))
     assert_one_line(caught.value, "made with steps 4, this run has 5")
+
+
+def copied(datalist: Path, folder: Path) -> Path:
+    """Three images as a folder of their own."""
+    folder.mkdir()
+    for number in range(3):
+        shutil.copy(datalist.parent / f"image{number}.png", folder)
+    return folder
+
+
+def test_another_batch_size_is_not_mixed_into_an_earlier_projection(folder, datalist, tmp_path):
+    # sums are rounded by the batch, and the steps amplify it
+    run(make(folder, tmp_path / "out", datalist))
+    (tmp_path / "out/projections/image1.npz").unlink()
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make(folder, tmp_path / "out", datalist, resume=True, batch_size=3))
+    assert_one_line(caught.value, "made with batch_size 2, this run has 3")
+
+
+def test_changed_image_is_not_resumed(folder, datalist, tmp_path):
+    images = copied(datalist, tmp_path / "in")
+    run(make(folder, tmp_path / "out", datalist, input_dir=str(images)))
+    Image.fromarray(np.full((20, 20), 200, np.uint8)).save(images / "image0.png")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make(folder, tmp_path / "out", datalist, input_dir=str(images), resume=True))
+    assert_one_line(caught.value, r"image0\.npz was made with image_sha256 \w+, this run has \w+")
+
+
+def test_changed_label_is_not_resumed(folder, datalist, tmp_path):
+    run(make(folder, tmp_path / "out", datalist, overlay="classes", steps=1))
+    content = json.loads(datalist.read_text())
+    content["training"][1]["label"] = 1 - content["training"][1]["label"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    settings = {"dataset_dir": str(datalist.parent), "overlay": "classes", "steps": 1, "resume": True}
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make(folder, tmp_path / "out", other, **settings))
+    assert_one_line(caught.value, "image1.npz was made with label 1, this run has 0")
+
+
+def test_output_below_the_input_is_refused(folder, datalist, tmp_path):
+    images = copied(datalist, tmp_path / "in")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make(folder, images / "out", datalist, input_dir=str(images)))
+    assert_one_line(caught.value, "output_dir must lie outside input_dir, got .*in/out in .*in: ")
+    assert not (images / "out").exists()
+
+
+@pytest.mark.parametrize("config", ["inference", "score"])
+def test_other_configs_refuse_an_output_below_the_input_as_well(config):
+    for bundle in (BUNDLE, BUNDLE.parent / "cxr_autoencoder_kl"):
+        path = bundle / "configs" / f"{config}.json"
+        if path.is_file():
+            assert "$medgen.output.check_apart(@input_dir, @output_dir)" in json.loads(path.read_text())["initialize"]
+
+
+def test_image_that_diverges_is_listed_and_the_others_are_projected(folder, datalist, tmp_path, monkeypatch):
+    diverging = np.asarray(Image.open(datalist.parent / "image1.png")).mean()
+    real = PixelMSSSIMLoss.forward
+
+    def infinite_for_one(self, images, features):
+        bad = (features[1].flatten() * 255 - diverging).abs() < 0.5
+        return real(self, images, features) / (~bad)
+
+    monkeypatch.setattr(PixelMSSSIMLoss, "forward", infinite_for_one)
+    for resume in (False, True):
+        run(make(folder, tmp_path / "out", datalist, resume=resume))
+        assert {path.stem for path in (tmp_path / "out/projections").iterdir()} == {"image0", "image2", "image3"}
+        assert {path.stem for path in (tmp_path / "out/reconstructions").iterdir()} == {"image0", "image2", "image3"}
+        table = (tmp_path / "out/rejected.csv").read_text()
+        assert table == "file,reason\nimage1.png,its projection ended in values that are not finite\n"
+
+
+@pytest.mark.parametrize("config", ["inference", "evaluate"])
+def test_image_that_diverges_is_not_scored(config, folder, datalist, tmp_path, monkeypatch, caplog):
+    real, calls = PixelMSSSIMLoss.prepare, []
+
+    def spoil_the_first(self, target):  # its features are asked for once before the steps and once after
+        features = real(self, target)
+        calls.append(None)
+        if len(calls) <= 2:
+            features[0][0] = torch.nan
+        return features
+
+    monkeypatch.setattr(PixelMSSSIMLoss, "prepare", spoil_the_first)
+    with caplog.at_level(logging.WARNING):
+        run(make(folder, tmp_path / "out", datalist, config=config))
+    with (tmp_path / "out/scores.csv").open(newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == ["image1.png", "image2.png", "image3.png"]
+    assert "1 of 4 images could not be projected and have no reconstruction; rejected.csv says which" in caplog.text
+    assert "image0.png,its projection ended" in (tmp_path / "out/rejected.csv").read_text()
 
 
 def test_published_settings_are_the_defaults_of_the_config():

@@ -180,8 +180,9 @@ def test_pixel_spacing_is_the_calibrated_one_or_the_detectors(elements, spacing,
 
     picture = pydicom.dcmread(tmp_path / "picture.dcm")
     shared = image.SharedFunctionalGroupsSequence[0]
+    assert len(shared.PixelMeasuresSequence) == 1  # type 1, also where there is nothing to put into it
     if spacing is None:
-        assert "PixelMeasuresSequence" not in shared
+        assert "PixelSpacing" not in measures(image)
         assert "PixelSpacing" not in picture
     else:
         assert list(measures(image).PixelSpacing) == list(picture.PixelSpacing) == spacing
@@ -249,7 +250,7 @@ def test_picture_joins_the_study_of_its_source(tmp_path):
     assert (picture.PatientID, picture.StudyInstanceUID) == (ds.PatientID, ds.StudyInstanceUID)
     assert (picture.SeriesDescription, picture.DerivationDescription) == ("anomaly overlay", "MSE over the image")
     assert list(picture.ImageType[:2]) == ["DERIVED", "SECONDARY"]
-    assert (picture.ConversionType, picture.SyntheticData, picture.BurnedInAnnotation) == ("WSD", "NO", "NO")
+    assert (picture.ConversionType, picture.SyntheticData) == ("WSD", "NO")
     assert (picture.BodyPartExamined, picture.ViewPosition) == ("CHEST", "PA")
     assert list(picture.PatientOrientation) == ["L", "F"]
     item = picture.SourceImageSequence[0]
@@ -278,6 +279,46 @@ def test_generated_picture_says_so_and_names_nobody(tmp_path):
     assert (picture.PatientName, picture.PatientID) == ("SYNTHETIC", "synthetic-7")
     assert picture.PatientIdentityRemoved == "YES"
     assert "SourceImageSequence" not in picture
+
+
+@pytest.mark.parametrize("said", ["YES", "NO", None])
+def test_picture_shows_what_its_source_says_that_it_shows(said, tmp_path):
+    ds = source(BurnedInAnnotation=said, RecognizableVisualFeatures=said)
+
+    write_secondary_capture(tmp_path / "x.dcm", np.zeros(SHAPE, np.uint8), ds, description="overlay")
+
+    picture = pydicom.dcmread(tmp_path / "x.dcm")
+    assert (picture.get("BurnedInAnnotation"), picture.get("RecognizableVisualFeatures")) == (said, said)
+    # a map must say NO to letters (PS3.3 C.8.32.2) and either word to features
+    image = map_of(ds, tmp_path)
+    assert (image.BurnedInAnnotation, image.RecognizableVisualFeatures) == ("NO", "YES" if said == "YES" else "NO")
+
+
+def test_picture_of_a_file_without_attributes_claims_nothing_about_its_patient(tmp_path):
+    write_secondary_capture(tmp_path / "x.dcm", np.zeros(SHAPE, np.uint8), description="x", patient="MRN-4711")
+
+    picture = pydicom.dcmread(tmp_path / "x.dcm")
+    assert (picture.PatientID, picture.PatientName) == ("MRN-4711", "")
+    for keyword in ("PatientIdentityRemoved", "DeidentificationMethod", "BurnedInAnnotation"):
+        assert keyword not in picture
+
+
+def test_how_the_identity_was_removed_comes_along(tmp_path):
+    code = Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "113100", "DCM", "Basic Profile"
+    ds = source(
+        PatientIdentityRemoved="YES",
+        DeidentificationMethod=["CTP", "by hand"],
+        DeidentificationMethodCodeSequence=[code],
+    )
+
+    image = map_of(ds, tmp_path)
+    write_secondary_capture(tmp_path / "x.dcm", np.zeros(SHAPE, np.uint8), ds, description="x")
+
+    for written in (image, pydicom.dcmread(tmp_path / "x.dcm")):
+        assert written.PatientIdentityRemoved == "YES"
+        assert list(written.DeidentificationMethod) == ["CTP", "by hand"]
+        assert written.DeidentificationMethodCodeSequence[0].CodeValue == "113100"
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path):

@@ -10,13 +10,14 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
+from monai.metrics import MultiScaleSSIMMetric
 from scipy.stats import mannwhitneyu
 
 from medgen.errors import UserError
 from medgen.handlers import DetectionFigures, ScoresCSV, reconstruction_metrics
 from medgen.metrics import localisation_rate
 from medgen.metrics.anomaly import Patch
-from medgen.transforms import ScoreAnomalyd
+from medgen.transforms import SaveProjectiond, ScoreAnomalyd
 
 SIDE, PATCH = 16, 4
 
@@ -59,10 +60,10 @@ def make_entries(items, patient=""):
     return entries
 
 
-def run(entries, handlers, **metrics):
+def run(entries, handlers, batch_size=4, **metrics):
     evaluator = SupervisedEvaluator(
         device="cpu",
-        val_data_loader=DataLoader(Dataset(entries), batch_size=4),
+        val_data_loader=DataLoader(Dataset(entries), batch_size=batch_size),
         network=torch.nn.Identity(),
         prepare_batch=PrepareBatchExtraInput("reconstruction"),
         inferer=lambda image, network, reconstruction: reconstruction,
@@ -111,6 +112,7 @@ def test_means_are_over_all_and_by_class(tmp_path):
     metrics = run(make_entries(items), [ScoresCSV(tmp_path / "scores.csv", items)])
     values = np.array([float(row["wd_patch"]) for row in read(tmp_path / "scores.csv")])
     assert metrics["wd_patch"] == pytest.approx(values.mean())
+    assert (metrics["n_patients"], metrics["n_anomalous"]) == (3, 3)
     assert metrics["wd_patch_normal"] == pytest.approx(values[::2].mean())
     assert metrics["wd_patch_anomalous"] == pytest.approx(values[1::2].mean())
 
@@ -119,15 +121,45 @@ def test_metrics_kept_by_image_become_columns(tmp_path):
     items = make_items(tmp_path)
     entries = make_entries(items)
     table = ScoresCSV(tmp_path / "scores.csv", items)
-    run(entries, [table], additional_metrics={}, key_val_metric=reconstruction_metrics((SIDE, SIDE)))
+    run(entries, [table], additional_metrics={}, key_val_metric=reconstruction_metrics())
     for row, entry in zip(read(tmp_path / "scores.csv"), entries, strict=True):
         error = (entry["image"] - entry["reconstruction"]).abs().mean()
         assert float(row["l1"]) == pytest.approx(float(error), rel=1e-5)
 
 
-@pytest.mark.parametrize(("size", "names"), [((47, 99), {"l1"}), ((48, 48), {"l1", "ms_ssim"})])
-def test_ms_ssim_is_left_out_where_images_are_too_small(size, names):
-    assert set(reconstruction_metrics(size)) == names
+def of_sizes(folder, sizes):
+    """Items and entries of images of these sizes, scored."""
+    random = np.random.default_rng(0)
+    items, entries = [], []
+    for number, size in enumerate(sizes):
+        image = torch.tensor(random.uniform(size=(1, *size)), dtype=torch.float32)
+        items.append({"image": str(folder / f"{number}.png"), "patient": str(number)})
+        entry = {"image": MetaTensor(image, meta={"filename_or_obj": items[-1]["image"]})}
+        entry = ScoreAnomalyd(patch=PATCH)(entry | {"reconstruction": (image + 0.1).clip(0, 1)})
+        entries.append({name: entry[name] for name in ("image", "reconstruction", "scores")})
+    return items, entries
+
+
+def test_metrics_are_by_the_size_of_each_image(tmp_path):
+    items, entries = of_sizes(tmp_path, [(47, 99), (48, 60), (200, 180)])
+    table = ScoresCSV(tmp_path / "scores.csv", items)
+    metrics = run(entries, [table], key_val_metric=reconstruction_metrics(), batch_size=1)
+    rows = read(tmp_path / "scores.csv")
+    assert rows[0]["ms_ssim"] == ""
+    for row, entry, kernel_size in zip(rows[1:], entries[1:], (3, 11), strict=True):
+        metric = MultiScaleSSIMMetric(spatial_dims=2, kernel_size=kernel_size)
+        expected = metric(entry["reconstruction"][None], entry["image"].as_tensor()[None])
+        assert float(row["ms_ssim"]) == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["ms_ssim"] == pytest.approx(np.mean([float(row["ms_ssim"]) for row in rows[1:]]), rel=1e-5)
+    assert float(rows[0]["l1"]) == pytest.approx(0.095, abs=0.01)
+
+
+def test_ms_ssim_is_left_out_where_all_images_are_too_small(tmp_path):
+    items, entries = of_sizes(tmp_path, [(47, 99), (16, 16)])
+    handlers = [ScoresCSV(tmp_path / "scores.csv", items)]
+    metrics = run(entries, handlers, key_val_metric=reconstruction_metrics(), batch_size=1)
+    assert "ms_ssim" not in metrics
+    assert "ms_ssim" not in read(tmp_path / "scores.csv")[0]
 
 
 def test_localisation_is_that_of_the_worst_patches(tmp_path):
@@ -165,21 +197,38 @@ def test_other_order_than_the_items_is_refused(tmp_path):
         run([entries[1], entries[0]], [ScoresCSV(tmp_path / "scores.csv", items[:2])])
 
 
-def test_projection_of_each_image_is_in_its_row(tmp_path):
+def test_projection_of_each_image_is_in_its_row(tmp_path, caplog):
     items = make_items(tmp_path)
-    (tmp_path / "projections/p0").mkdir(parents=True)
-    np.savez(tmp_path / "projections/p0/0.npz", steps=np.array(70), distance=np.array(0.25))
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    save = SaveProjectiond(tmp_path / "projections", {}, tmp_path / "model.pt", tmp_path / "in", save_noise=False)
+    for number in (0, 3):
+        image = MetaTensor(torch.zeros(1, 4, 4), meta={"filename_or_obj": items[number]["image"]})
+        (tmp_path / f"in/p{number % 3}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"in/p{number % 3}/{number}.png").write_bytes(b"image")
+        found = {"w": torch.zeros(1, 2), "loss_curve": torch.zeros(70), "steps": 70, "distance": 0.25}
+        path = save({"image": image, **found})["projection_path"]
+    with open(path, "r+b") as file:
+        file.truncate(200)
     run(make_entries(items), [ScoresCSV(tmp_path / "scores.csv", items, tmp_path / "in", tmp_path / "projections")])
     rows = read(tmp_path / "scores.csv")
     assert (rows[0]["projection_steps"], rows[0]["projection_distance"]) == ("70", "0.25")
-    assert rows[1]["projection_steps"] == ""
+    # neither an image without a record nor a broken one loses the scores
+    assert rows[1]["projection_steps"] == rows[3]["projection_steps"] == ""
+    assert rows[3]["mse_full"]
+    assert "1 records of projections left out of the table" in caplog.text
 
 
-@pytest.mark.parametrize(("given", "expected"), [("0", "P7"), ("someone", "someone")])
-def test_dicom_knows_the_patient_where_the_item_is_named_after_its_file(tmp_path, given, expected):
-    items = [{"image": str(tmp_path / "0.dcm"), "patient": given}]
-    run(make_entries(items, patient="P7"), [ScoresCSV(tmp_path / "scores.csv", items)])
-    assert read(tmp_path / "scores.csv")[0]["patient"] == expected
+@pytest.mark.parametrize(
+    ("from_folder", "of_file", "expected"),
+    [(True, "P7", ["P7", "P7"]), (True, "", ["a/0", "b/0"]), (False, "P7", ["0", "0"])],
+)
+def test_patient_of_a_folder_is_dicoms_or_else_the_path(tmp_path, from_folder, of_file, expected):
+    items = [{"image": str(tmp_path / folder / "0.dcm"), "patient": "0"} for folder in "ab"]
+    table = ScoresCSV(tmp_path / "scores.csv", items, tmp_path, from_folder=from_folder)
+    metrics = run(make_entries(items, patient=of_file), [table])
+    assert [row["patient"] for row in read(tmp_path / "scores.csv")] == expected
+    assert metrics["n_patients"] == len(set(expected))
+    assert metrics["n_anomalous"] == 0
 
 
 def with_detection(tmp_path, items):

@@ -44,6 +44,23 @@ def test_reconstruction_grid_takes_the_first_images_and_shows_their_difference(t
     assert pixels[1, 6] == 128
 
 
+def test_reconstruction_grid_pads_smaller_images_with_black(tmp_path):
+    batches = [
+        [{"image": torch.full((1, *size), 0.4), "pred": torch.full((1, *size), 0.6)}] for size in ((2, 5), (4, 3))
+    ]
+    engine = Engine(lambda _, batch: batch)
+    ReconstructionGrid(tmp_path, name="grid").attach(engine)
+    engine.run(batches)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels.shape == (3 * 4 + 2 * 2, 2 * 5 + 2)
+    for row, level in enumerate((102, 153, 204)):
+        first, second = pixels[6 * row : 6 * row + 4, :5], pixels[6 * row : 6 * row + 4, 7:]
+        assert (first[:2] == level).all()
+        assert (first[2:] == 0).all()
+        assert (second[:, :3] == level).all()
+        assert (second[:, 3:] == 0).all()
+
+
 @pytest.mark.parametrize("num_classes", [0, 2])
 def test_sample_grid_shows_the_same_latents_below_real_images(num_classes, tmp_path):
     network = StyleGAN2Generator(16, num_classes=num_classes, latent_dim=4, w_dim=4, channel_base=32, channel_max=4)

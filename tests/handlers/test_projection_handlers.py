@@ -72,7 +72,9 @@ def test_loss_curves_are_drawn_the_same_each_time(tmp_path, count):
     for number in range(count):
         curve = torch.from_numpy(np.exp(-np.arange(30) / 10) + 0.01 * random.random(30))
         curve[25:] = torch.nan  # all stopped early
-        image = MetaTensor(torch.zeros(1, 4, 4), meta={"filename_or_obj": f"/data/{number}.png"})
+        file = tmp_path / f"{number}.png"
+        file.write_bytes(b"pixels")
+        image = MetaTensor(torch.zeros(1, 4, 4), meta={"filename_or_obj": str(file)})
         found = {"image": image, "w": torch.zeros(1, 4), "loss_curve": curve, "steps": 25, "distance": 0.1}
         records.append(saver(found)["projection_path"])
     for name in ("first.png", "second.png"):

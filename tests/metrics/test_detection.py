@@ -20,6 +20,7 @@ from medgen.metrics.detection import (
     delong_test,
     permutation_power,
     permutation_test,
+    permutation_tests,
     sensitivity_at_specificity,
 )
 
@@ -308,6 +309,20 @@ def test_permutation_p_value_is_that_of_all_groupings():
             ours = permutation_test(first, second, alternative=alternative, shuffles=40_000)
             assert ours.p_value == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 40_000) + 1e-4)
             assert ours.difference == pytest.approx(first.mean() - second.mean())
+
+
+def test_scores_that_are_shuffled_together_have_the_p_values_that_each_has_alone():
+    rng = np.random.default_rng(16)
+    first, second = rng.normal([[0], [0.3], [0.6]], size=(3, 30)), rng.normal(size=(3, 45))
+    settings = {"alternative": "greater", "shuffles": 500, "seed": 4}
+    patients = {
+        "first_patients": [f"a{n // 2}" for n in range(30)],
+        "second_patients": [f"b{n // 3}" for n in range(45)],
+    }
+    together = permutation_tests(first, second, **settings, **patients)
+    assert together == tuple(permutation_test(f, s, **settings, **patients) for f, s in zip(first, second, strict=True))
+    with pytest.raises(UserError, match=r"must be of the same images, got groups of \(29, 45\) and of \(30, 45\)"):
+        permutation_tests([first[0], first[1][:-1]], second[:2])
 
 
 def test_permutation_p_value_is_never_zero_and_one_for_constant_values():

@@ -165,8 +165,10 @@ def test_two_tables_without_a_class_equal_one_with_it(tmp_path):
 
 def test_report_writes_flat_finite_metrics_a_table_and_the_curves(tmp_path):
     write_table(tmp_path / "scores.csv", table())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.json").write_text("of an evaluation")
     found = detection_report(tmp_path / "scores.csv", None, tmp_path / "out", **FAST)
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "out" / "detection.json").read_text())
     assert {name: metrics[name] for name in found.figures} == found.figures
     assert (metrics["n"], metrics["n_anomalous"], metrics["patients_normal"]) == (48, 24, 12)
     assert all(isinstance(value, int | float | str) for value in metrics.values())
@@ -177,6 +179,25 @@ def test_report_writes_flat_finite_metrics_a_table_and_the_curves(tmp_path):
     with Image.open(tmp_path / "out" / "images" / "roc.png") as picture:
         assert min(picture.size) > 300
     assert "mse_full: AUROC" in found.summary()
+    assert (tmp_path / "out" / "metrics.json").read_text() == "of an evaluation"
+
+
+def test_patients_of_both_tables_are_told_and_can_be_others(tmp_path):
+    rows = table()
+    for kind in (0, 1):
+        mine = [row | {"patient": f"{n:04d}"} for n, row in enumerate(row for row in rows if row["anomaly"] == kind)]
+        write_table(tmp_path / f"{kind}.csv", mine)
+    tables = tmp_path / "0.csv", tmp_path / "1.csv", tmp_path / "out"
+    shared = detection_report(*tables, **FAST)
+    assert shared.notes[0].startswith("24 patients are in both tables (0000 is one)")
+    assert "--distinct true" in shared.summary()
+    assert "permutation_p_mse_full" not in shared.figures
+    distinct = detection_report(*tables, distinct=True, **FAST)
+    assert not [note for note in distinct.notes if "both tables" in note]
+    assert "permutation_p_mse_full" in distinct.figures
+    named = [row | {"patient": f"{n:04d}"} for n, row in enumerate(rows)]
+    write_table(tmp_path / "all.csv", named)
+    assert distinct.figures == pytest.approx(detection_report(tmp_path / "all.csv", None, tmp_path, **FAST).figures)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +208,21 @@ def test_report_writes_flat_finite_metrics_a_table_and_the_curves(tmp_path):
         ("image,anomaly,mse_full\na.png,1,0.5\n", 0, "line 2: anomaly is 1, but the table was given as one of class 0"),
         ("image,anomaly,mse_full\na.png,1,much\n", None, "line 2, mse_full: expected a number, got 'much'"),
         ("image,anomaly,mse_full\na.png,1,inf\n", None, "expected a finite number"),
+        ("image,anomaly,mse_full\na.png,1,2\nb.png,yes,2\n", None, r"scores\.csv, line 3, anomaly: .* got 'yes'"),
+        ("image,anomaly,mse_full\na.png,2,1\n", None, r"scores\.csv, line 2: anomaly must be 0 or 1, got 2"),
     ],
 )
 def test_broken_tables_are_refused_with_their_line(tmp_path, text, anomaly, message):
     (tmp_path / "scores.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         read_scores(tmp_path / "scores.csv", anomaly)
+
+
+@pytest.mark.parametrize("anomaly", [None, 1])
+def test_tables_of_pandas_and_of_excel_are_read(tmp_path, anomaly):
+    (tmp_path / "scores.csv").write_text("anomaly,mse_full\n1.0,0.5\n1,0.25\n", encoding="utf-8-sig")
+    rows = read_scores(tmp_path / "scores.csv", anomaly)
+    assert [(row["anomaly"], row["mse_full"]) for row in rows] == [(1, 0.5), (1, 0.25)]
 
 
 def test_missing_table_is_refused(tmp_path):

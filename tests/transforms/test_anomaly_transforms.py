@@ -11,6 +11,7 @@ import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.transforms import CenterSpatialCropd, Compose, Flip, LoadImaged
 from PIL import Image
+from pydicom.config import disable_value_validation
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy.stats import wasserstein_distance
@@ -26,10 +27,15 @@ from medgen.transforms import (
     SaveAnomalyDICOMd,
     SaveMapd,
     SaveOverlayd,
+    SaveProjectiond,
     ScoreAnomalyd,
+    check_files,
+    check_scoring,
     default_patch,
+    origin_of_reconstructions,
     pair_reconstructions,
 )
+from medgen.transforms.anomaly import read_anomaly_mask
 from medgen.transforms.save_anomaly import BOX_COLOUR, OPACITY, draw_overlay
 
 MAPS = ("mse_map", "wd_map")
@@ -73,6 +79,15 @@ def test_images_of_one_stem_have_their_own_reconstructions(tmp_path):
     items = [{"image": str(tmp_path / f"in/a.{kind}")} for kind in ("dcm", "jpg")]
     found = pair_reconstructions(items, tmp_path / "rec", tmp_path / "in", require_files=False)
     assert [item["reconstruction"] for item in found] == [str(tmp_path / f"rec/a.{k}.png") for k in ("dcm", "jpg")]
+
+
+def test_reconstructions_of_some_images_are_named_as_those_of_all(tmp_path):
+    items = [{"image": str(tmp_path / name)} for name in ("a.png", "a.dcm")]
+    folder = tmp_path / "out"
+    pairs = pair_reconstructions(items, folder, tmp_path, require_files=False)
+    inputs = [item["image"] for item in items]
+    assert pair_reconstructions(items[1:], folder, tmp_path, require_files=False, inputs=inputs) == pairs[1:]
+    assert pair_reconstructions(items[1:], folder, tmp_path, require_files=False) != pairs[1:]
 
 
 def test_file_of_the_same_name_will_do(tmp_path):
@@ -141,7 +156,15 @@ def test_patch_larger_than_the_image_is_refused_with_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"patch": 0}, {"patch": 2.5}, {"patch": True}, {"body_threshold": 1.0}, {"keys": "image"}]
+    "settings",
+    [
+        {"patch": 0},
+        {"patch": 2.5},
+        {"patch": True},
+        {"body_threshold": 1.0},
+        {"body_threshold": "x"},
+        {"keys": "image"},
+    ],
 )
 def test_senseless_settings_are_refused_before_any_image(settings):
     with pytest.raises(UserError):
@@ -222,7 +245,7 @@ def test_mask_keeps_a_line_that_is_thinner_than_a_pixel(tmp_path):
     mask[:, 203] = 255
     item = {"image": load(save_png(tmp_path / "a.png", np.zeros((320, 400)))), "reconstruction": grey(np.eye(32))}
     item = FitToReferenced("image", "reconstruction")(item)
-    item["anomaly_mask"] = load(save_png(tmp_path / "m.png", mask))
+    item["anomaly_mask"] = str(save_png(tmp_path / "m.png", mask))
     found = FitAnomalyMaskd()(item)["anomaly_mask"]
     # the file's column 203 lies in the crop of columns 40 to 359, ten to a pixel
     assert found.shape == (1, 32, 32)
@@ -235,7 +258,7 @@ def test_mask_of_a_small_image_grows_with_it(tmp_path):
     mask[2, 5] = 1  # any value above 0
     item = {"image": load(save_png(tmp_path / "a.png", np.zeros((8, 8)))), "reconstruction": grey(np.eye(32))}
     item = FitToReferenced("image", "reconstruction")(item)
-    item["anomaly_mask"] = load(save_png(tmp_path / "m.png", mask))
+    item["anomaly_mask"] = str(save_png(tmp_path / "m.png", mask))
     found = FitAnomalyMaskd()(item)["anomaly_mask"][0]
     assert int(found.sum()) == 16
     assert bool(found[8:12, 20:24].all())
@@ -244,9 +267,78 @@ def test_mask_of_a_small_image_grows_with_it(tmp_path):
 def test_item_without_a_mask_gets_zeros_and_a_mask_of_another_size_is_refused(tmp_path):
     image = load(save_png(tmp_path / "a.png", np.zeros((8, 9))))
     assert int(FitAnomalyMaskd()({"image": image})["anomaly_mask"].sum()) == 0
-    mask = load(save_png(tmp_path / "m.png", np.ones((9, 9))))
+    mask = save_png(tmp_path / "m.png", np.ones((9, 9)))
     with pytest.raises(UserError, match=r"m\.png: an anomaly_mask must have its image's 8×9 pixels .* got 9×9"):
-        FitAnomalyMaskd()({"image": image, "anomaly_mask": mask})
+        FitAnomalyMaskd()({"image": image, "anomaly_mask": str(mask)})
+
+
+@pytest.mark.parametrize("level", [1, 7])
+@pytest.mark.parametrize("suffix", ["png", "tif", "float.tif", "palette.png", "nii.gz"])
+def test_mask_is_read_by_its_values_also_where_it_is_constant(tmp_path, suffix, level):
+    for name, array in (("all", np.full((6, 9), level)), ("part", level * np.eye(6, 9))):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "nii.gz":
+            volume = array.T[::-1, ::-1, None].astype(np.int16)  # upright in radiological display
+            nib.save(nib.Nifti1Image(volume, np.eye(4)), path)
+        elif suffix == "float.tif":
+            Image.fromarray(array.astype(np.float32)).save(path)
+        else:
+            image = Image.fromarray(array.astype(np.uint8))
+            if suffix.startswith("palette"):
+                image = image.convert("P")
+            image.save(path)
+        np.testing.assert_array_equal(read_anomaly_mask(path), array > 0)
+
+
+def test_jpeg_is_refused_as_a_mask(tmp_path):
+    path = tmp_path / "m.jpg"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    with pytest.raises(UserError, match=r"m\.jpg: a JPEG .* save the mask as PNG"):
+        read_anomaly_mask(path)
+
+
+# ---------------------------------------------------------------- checks before a projection
+
+
+@pytest.mark.parametrize(
+    ("anomalies", "message"),
+    [
+        ([0, 2, 1], r"anomaly must be 1, or 0 or absent .* got 2 for 1\.png \(1 of 3 items\)"),
+        ([None, 1, "needle"], r"got 'needle' for 2\.png"),
+        (["normal"], "got 'normal'"),
+    ],
+)
+def test_class_that_is_neither_0_nor_1_is_refused(anomalies, message):
+    items = [{"image": f"{n}.png", "anomaly": kind} for n, kind in enumerate(anomalies)]
+    with pytest.raises(UserError, match=message):
+        check_scoring(items)
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"), [(65, r"shorter side of the image, 64 pixels, got 65; set --patch"), ("x", "got 'x'")]
+)
+def test_patch_that_no_image_has_is_refused(patch, message):
+    check_scoring([{"image": "a.png", "anomaly": 1}, {"image": "b.png"}], 64, (64, 80))
+    with pytest.raises(UserError, match=message):
+        check_scoring([], patch, (64, 80))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_files_that_would_end_a_projection_are_named_before_it(tmp_path, num_workers):
+    items = []
+    for number in range(4):
+        item = {"image": str(save_png(tmp_path / f"{number}.png", np.zeros((8, 9))))}
+        items.append(item | {"anomaly_mask": str(save_png(tmp_path / f"m{number}.png", np.ones((8, 9))))})
+    items.append({"image": items[0]["image"], "anomaly_mask": None})
+    check_files(items, num_workers)
+    save_png(tmp_path / "m1.png", np.ones((9, 8)))
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:40])
+    with pytest.raises(UserError) as caught:
+        check_files(items, num_workers)
+    assert "m1.png: an anomaly_mask must have its image's 8×9 pixels" in str(caught.value)
+    assert "(2 of 5 items cannot be used)" in str(caught.value)
+    with pytest.raises(UserError, match=r"3\.png: .*truncated or damaged.* \(1 of 1 items"):
+        check_files(items[3:4], num_workers)
 
 
 # ---------------------------------------------------------------- pictures
@@ -298,7 +390,7 @@ def test_overlays_are_upright_enlarged_and_have_a_scale(tmp_path):
     assert (tmp_path / "out/p1/a_wd.png").is_file()
 
 
-@pytest.mark.parametrize("limits", [0.0, [1.0], [None, -1]])
+@pytest.mark.parametrize("limits", [0.0, [1.0], [None, -1], ["abc", None]])
 def test_senseless_limits_are_refused(tmp_path, limits):
     with pytest.raises(UserError, match="limits must be a number above 0 or null for each of the 2 maps"):
         SaveOverlayd(MAPS, tmp_path, limits=limits)
@@ -417,6 +509,61 @@ def test_radiograph_has_its_spacing_and_one_of_zero_counts_as_unknown(tmp_path):
         SaveMapd(MAPS, tmp_path / "out")(scored(path, np.zeros((16, 16))))
         zooms = nib.load(tmp_path / f"out/{name}_mse.nii.gz").header.get_zooms()
         assert zooms[:2] == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value", "ignore:A value of type", "ignore:The value")
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"PixelSpacing": [0.3]},
+        {"PixelSpacing": ["nan", "nan"]},
+        {"ImageOrientationPatient": [1, 0, 0], "ImagePositionPatient": [0, 0, 0], "PixelSpacing": [1, 1]},
+        {"ImageOrientationPatient": [0] * 6, "ImagePositionPatient": [0, 0, 5], "PixelSpacing": [1, 1]},
+        {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [0, 0], "PixelSpacing": [1, 1]},
+        {"SliceThickness": [1, 2]},
+    ],
+)
+def test_odd_header_stops_no_map(tmp_path, elements):
+    with disable_value_validation():
+        path = write_dicom(tmp_path / "a.dcm", np.full((16, 24), 7), **elements)
+    SaveMapd(MAPS, tmp_path / "out")(scored(path, np.zeros((16, 16))))
+    np.testing.assert_array_equal(nib.load(tmp_path / "out/a_mse.nii.gz").affine, np.diag([-1, -1, 1, 1]))
+
+
+def test_dicom_objects_of_other_origin_patch_or_limits_are_another_series(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", np.full((16, 16), 7))
+    series = set()
+    for number, (patch, settings) in enumerate(
+        [(4, {}), (4, {}), (8, {}), (4, {"origin": lambda: "other weights"}), (4, {"limits": [0.5, None]})]
+    ):
+        item = scored(path, np.zeros((16, 16)), patch)
+        SaveAnomalyDICOMd(MAPS, tmp_path / f"out{number}", **settings)(item)
+        for kind in ("overlay", "map"):
+            written = pydicom.dcmread(tmp_path / f"out{number}/a_mse_{kind}.dcm")
+            series.add((kind, written.SeriesInstanceUID))
+    assert len(series) == 2 * 4
+
+
+def test_origin_is_the_projections_or_else_the_first_reconstructions(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    image = save_png(tmp_path / "in/a.png", np.zeros((4, 4)))
+    saver = SaveProjectiond(tmp_path / "projections", {"steps": 2}, tmp_path / "model.pt", tmp_path / "in")
+    saver(
+        {
+            "image": MetaTensor(torch.zeros(1, 4, 4), meta={"filename_or_obj": str(image)}),
+            "w": torch.zeros(1, 2),
+            "noise": [],
+            "loss_curve": torch.zeros(2),
+            "steps": 2,
+            "distance": 0.5,
+        }
+    )
+    pairs = [{"image": str(image), "reconstruction": str(image)}]
+    assert origin_of_reconstructions(pairs, tmp_path / "projections", tmp_path / "in") == saver.origin()
+    without = origin_of_reconstructions(pairs, None)
+    assert without == origin_of_reconstructions(pairs, tmp_path / "none", tmp_path / "in")
+    save_png(image, np.ones((4, 4)))
+    assert origin_of_reconstructions(pairs, None) != without
 
 
 def test_dicom_objects_lie_on_the_source_and_refer_to_it(tmp_path):

@@ -90,7 +90,7 @@ def test_picture_of_a_file_without_a_patient_is_named_after_the_file(tmp_path):
     SaveDICOM(tmp_path / "out")(tensor(PICTURE[None] / np.float32(255), str(tmp_path / "scan.png")))
 
     picture = pydicom.dcmread(tmp_path / "out" / "scan.dcm")
-    assert (picture.PatientID, picture.PatientName, picture.SyntheticData) == ("scan.png", "ANONYMOUS", "NO")
+    assert (picture.PatientID, picture.PatientName, picture.SyntheticData) == ("scan.png", "", "NO")
 
 
 def test_two_keys_have_two_files(tmp_path):

@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "validate_datalist",
             "write_datalist",
         ],
-        "dicom_writer": ["read_source", "write_parametric_map", "write_secondary_capture"],
+        "dicom_writer": ["pixel_affine", "read_source", "write_parametric_map", "write_secondary_capture"],
         "image_reader": ["MedicalImageReader"],
         "image_set": ["ImageSet"],
         "pending": ["pending_groups"],

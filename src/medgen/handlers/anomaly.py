@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,41 +13,53 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ignite.engine import Engine, Events
 from monai.handlers import IgniteMetricHandler, MeanAbsoluteError, from_engine
+from monai.metrics import MultiScaleSSIMMetric
 from monai.utils import convert_to_numpy
 
 from medgen.data.datalist import file_stem
 from medgen.errors import UserError
 from medgen.metrics.anomaly import Localisation, Patch, localisation_rate
 from medgen.metrics.detection import SHUFFLES
-from medgen.metrics.detection_table import SCORE_COLUMNS, detection_figures, write_detection, write_table
+from medgen.metrics.detection_table import MEASURES, SCORE_COLUMNS, detection_figures, write_detection, write_table
 from medgen.metrics.intervals import CHEAP_RESAMPLES
-from medgen.metrics.reconstruction import SCALES, MultiScaleSSIM
-from medgen.transforms.save_projection import RecordName as ProjectionNames
+from medgen.metrics.reconstruction import SCALES, ms_ssim_kernel_size
+from medgen.transforms.save_projection import ProjectionRecord, RecordName
 
 __all__ = ["DetectionFigures", "ScoresCSV", "reconstruction_metrics"]
 
 logger = logging.getLogger(__name__)
 
-MEASURES = ("mse", "wd")
 SMALLEST_MS_SSIM = 3 * 2 ** (SCALES - 1)  # pixels: the smallest window on the coarsest scale
 
 
-def reconstruction_metrics(image_size: Sequence[int]) -> dict[str, IgniteMetricHandler]:
-    """L1 and, where images have the 48 pixels it takes, MS-SSIM between ``pred`` and ``image``.
+class _MultiScaleSSIMBySize(MultiScaleSSIMMetric):
+    """MS-SSIM with the window that each image's size leaves room for; NaN below the smallest size."""
 
-    Args:
-        image_size: height and width.
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        side = min(y.shape[-2:])
+        if side < SMALLEST_MS_SSIM:
+            return y.new_full((len(y), 1), torch.nan)
+        self.kernel_size = (ms_ssim_kernel_size(side),) * self.spatial_dims
+        return super()._compute_metric(y_pred, y)
+
+
+def reconstruction_metrics() -> dict[str, IgniteMetricHandler]:
+    """L1 and MS-SSIM between ``pred`` and ``image``, of images of any sizes.
+
+    The window of MS-SSIM goes by each image's size (:func:`~medgen.metrics.ms_ssim_kernel_size`). An image without the
+    48 pixels that it takes has none: NaN by image, which :class:`ScoresCSV` leaves out of the metrics if all have.
 
     Returns:
         For an evaluator's ``additional_metrics``.
     """
     transform = from_engine(["pred", "image"])
-    metrics: dict[str, IgniteMetricHandler] = {"l1": MeanAbsoluteError(output_transform=transform)}
-    if min(image_size) >= SMALLEST_MS_SSIM:
-        metrics["ms_ssim"] = MultiScaleSSIM(min(image_size), output_transform=transform)
-    return metrics
+    return {
+        "l1": MeanAbsoluteError(output_transform=transform),
+        "ms_ssim": IgniteMetricHandler(_MultiScaleSSIMBySize(spatial_dims=2), output_transform=transform),
+    }
 
 
 @dataclass(frozen=True)
@@ -76,9 +89,9 @@ class ScoresCSV:
     and ``projection_steps`` and ``projection_distance`` where records are there. What an image lacks, such as the
     scores of a body that was not found, is an empty cell.
 
-    ``engine.state.metrics`` gets the mean of each score (where both classes are there also ``<score>_normal`` and
-    ``<score>_anomalous``) and, where masks are known, ``localisation_mse`` with ``_low``, ``_high`` and ``_chance``,
-    and the same for ``wd``.
+    ``engine.state.metrics`` gets ``n_patients`` and ``n_anomalous`` of the table, the mean of each score (where both
+    classes are there also ``<score>_normal`` and ``<score>_anomalous``) and, where masks are known,
+    ``localisation_mse`` with ``_low``, ``_high`` and ``_chance``, and the same for ``wd``.
 
     Attach it to an evaluator that goes through ``items`` in their order, whose batches hold ``image``, ``scores`` and,
     where anomalies are known, ``anomaly_mask`` (1, H, W).
@@ -89,6 +102,9 @@ class ScoresCSV:
         data_root: folder that ``image`` is relative to; empty: paths as they are.
         projection_dir: folder of the records that projecting wrote, for their columns; None, or no records: without.
         seed: of the draws for the localisation's intervals.
+        inputs: all images of the run that projected, where ``items`` are some of them; default: those of ``items``.
+        from_folder: whether the items are those of a folder, which names nobody: the patient is then DICOM's PatientID,
+            or else the image's path below ``data_root`` without suffix.
     """
 
     def __init__(
@@ -98,11 +114,13 @@ class ScoresCSV:
         data_root: str | PathLike[str] = "",
         projection_dir: str | PathLike[str] | None = None,
         seed: int = 0,
+        inputs: Sequence[str | PathLike[str]] = (),
+        from_folder: bool = False,
     ) -> None:
         self.path, self.items, self.data_root = Path(path), items, str(data_root)
-        self.seed = seed
-        inputs = [item["image"] for item in items]
-        self.records = None if projection_dir is None else ProjectionNames(projection_dir, data_root, inputs=inputs)
+        self.seed, self.from_folder = seed, from_folder
+        inputs = inputs or [item["image"] for item in items]
+        self.records = None if projection_dir is None else RecordName(projection_dir, data_root, inputs=inputs)
         self.rows: list[dict[str, Any]] = []
         self.found: list[dict[str, float]] = []
         self.patients: list[str] = []
@@ -148,9 +166,13 @@ class ScoresCSV:
             name: convert_to_numpy(values).reshape(len(values), -1)
             for name, values in getattr(engine.state, "metric_details", {}).items()
         }
+        # nothing is left of a metric for which all images are too small
+        for name in [name for name, values in details.items() if np.isnan(values).all()]:
+            del details[name]
+            engine.state.metrics.pop(name, None)
         given = [name for name in ("label", "anomaly") if any(item.get(name) is not None for item in self.items)]
         hits = {measure: dict(zip(self.masks, found.hits, strict=True)) for measure, found in located.items()}
-        self.rows = []
+        self.rows, broken = [], []
         for number, (item, scores) in enumerate(zip(self.items, self.found, strict=True)):
             row: dict[str, Any] = {"image": self._name(item["image"]), "patient": self._patient(number)}
             # where any item says that it is an anomaly, one that says nothing is none
@@ -159,10 +181,16 @@ class ScoresCSV:
             for measure, of_image in hits.items():
                 row[f"{measure}_hit"] = int(of_image[number][0]) if number in of_image else None
             row |= {name: float(values[number].mean()) for name, values in details.items()}
-            self.rows.append(row | self._projection(item["image"]))
+            try:
+                row |= self._projection(item["image"])
+            except UserError as error:  # scores of hours are not lost for it
+                broken.append(str(error))
+            self.rows.append(row)
         write_table(self.path, self.rows)
         logger.info(f"{len(self.rows)} images scored -> {self.path}")
         engine.state.metrics.update(self._means())
+        engine.state.metrics["n_patients"] = len({row["patient"] for row in self.rows if row["patient"]})
+        engine.state.metrics["n_anomalous"] = sum(row.get("anomaly", 0) for row in self.rows)
         for measure, found in located.items():
             rate = found.rate
             engine.state.metrics |= {
@@ -171,6 +199,8 @@ class ScoresCSV:
                 f"localisation_{measure}_high": rate.high,
                 f"localisation_{measure}_chance": found.chance,
             }
+        if broken:
+            logger.warning(f"{len(broken)} records of projections left out of the table: {broken[0]}")
         without = [row["image"] for row in self.rows if row["mse_body"] is None]
         if without:
             logger.warning(
@@ -184,17 +214,17 @@ class ScoresCSV:
 
     def _patient(self, number: int) -> str:
         item = self.items[number]
-        given = str(item.get("patient") or "")
-        # the items of a folder are patients by their file names; a DICOM file knows better
-        return self.patients[number] or given if given == file_stem(str(item["image"])) else given
+        if not self.from_folder:
+            return str(item.get("patient") or "")
+        folder = posixpath.dirname(self._name(item["image"]))
+        return self.patients[number] or posixpath.join(folder, file_stem(str(item["image"])))
 
     def _projection(self, image: str) -> dict[str, float]:
         path = self.records.path(np.empty(0), {"filename_or_obj": image}) if self.records else None
         if path is None or not path.is_file():
             return {}
-        # not ProjectionRecord, which reads the noise maps: megabytes an image for two numbers
-        with np.load(path, allow_pickle=False) as record:
-            return {"projection_steps": int(record["steps"]), "projection_distance": float(record["distance"])}
+        record = ProjectionRecord(path)
+        return {"projection_steps": record.steps, "projection_distance": record.distance}
 
     def _localisation(self) -> dict[str, Localisation]:
         """Per measure, of the images with a mask; empty without any."""

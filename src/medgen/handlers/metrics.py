@@ -55,6 +55,7 @@ class MetricsJSON:
         figures = {name: float(value) for name, value in engine.state.metrics.items()}
         # JSON knows neither infinity (the PSNR of equal images) nor NaN
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        finite |= {name: int(value) for name, value in figures.items() if name.startswith("n_")}  # counts
         for name in (name for name, value in finite.items() if value is None):
             logger.warning(f"{name} is {figures[name]}: written as null")
         # which weights were measured: the registry refuses the figures of others

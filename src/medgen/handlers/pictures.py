@@ -11,6 +11,10 @@ import torch
 from ignite.engine import Engine, Events
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
+
+from medgen.inferers.generation import draw_latents
+from medgen.output import atomic_file
 
 __all__ = ["ReconstructionGrid", "SampleGrid", "save_grid"]
 
@@ -20,22 +24,23 @@ def save_grid(rows: Sequence[torch.Tensor], path: str | Path, gap: int = 2) -> N
 
     Args:
         rows: tensors (N, C, H, W) in [0, 1], C 1 or 3, equal shapes; values outside are clipped.
-        path: the PNG.
+        path: the PNG; written whole or not at all.
         gap: white pixels between images.
     """
     batch = torch.stack([row.detach().float().cpu() for row in rows])  # (R, N, C, H, W)
-    batch = torch.nn.functional.pad(batch, (0, gap, 0, gap), value=1.0)
+    batch = F.pad(batch, (0, gap, 0, gap), value=1.0)
     R, N, C, H, W = batch.shape
     picture = batch.permute(0, 3, 1, 4, 2).reshape(R * H, N * W, C)[: -gap or None, : -gap or None]
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if C == 1 else pixels)).save(path)
+    with atomic_file(path) as file:
+        Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if C == 1 else pixels)).save(file, format="PNG")
 
 
 class ReconstructionGrid:
     """Writes originals over reconstructions over their absolute difference (×4) for the first images of a run.
 
-    Attach it to an evaluator whose output is a list of dictionaries with ``image`` and ``pred``.
+    Attach it to an evaluator whose output is a list of dictionaries with ``image`` and ``pred``. Smaller images are
+    padded with black, to the right and below, to the size of the largest.
 
     Args:
         folder: where the PNGs go.
@@ -68,9 +73,15 @@ class ReconstructionGrid:
         """Write the picture."""
         if idist.get_rank() > 0 or not self._images:
             return
-        image, pred = torch.stack(self._images), torch.stack(self._reconstructions).float()
+        image, pred = _padded_stack(self._images), _padded_stack(self._reconstructions).float()
         path = self.folder / f"{self.name.format(epoch=engine.state.epoch)}.png"
         save_grid([image, pred, 4 * (image - pred).abs()], path)
+
+
+def _padded_stack(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(N, C, H, W) of images (C, h, w), each padded with zeros to the right and below."""
+    H, W = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+    return torch.stack([F.pad(image, (0, W - image.shape[-1], 0, H - image.shape[-2])) for image in images])
 
 
 class SampleGrid:
@@ -85,7 +96,7 @@ class SampleGrid:
         name: file name without suffix; ``{images}``, the images seen so far, is replaced.
         rows: of generated images; with classes, classes take turns.
         columns: images in a row.
-        seed: of the latents.
+        seed: of the first image; the others follow, as in :class:`medgen.inferers.GeneratorInferer`.
     """
 
     def __init__(
@@ -114,14 +125,16 @@ class SampleGrid:
         """Write the picture."""
         if idist.get_rank() > 0:
             return
-        generator = torch.Generator().manual_seed(self.seed)
         device = engine.state.device
         real = engine.state.output[0]["image"][: self.columns].float().cpu()
         if len(real) < self.columns:  # a small batch: black places
             real = torch.cat([real, real.new_full((self.columns - len(real), *real.shape[1:]), -1)])
         rows = [real]
-        for row in range(self.rows):
-            z = torch.randn(self.columns, self.network.latent_dim, generator=generator).to(device)
+        # not torch's generator: the network's weights came from its first numbers, and latents that equal weights are
+        # far from all others
+        seeds = range(self.seed, self.seed + self.rows * self.columns)
+        latents = draw_latents(seeds, self.network.latent_dim).to(device)
+        for row, z in enumerate(latents.split(self.columns)):
             labels = None
             if self.network.num_classes:
                 labels = (row * self.columns + torch.arange(self.columns, device=device)) % self.network.num_classes

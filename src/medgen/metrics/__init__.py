@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "delong_test",
             "permutation_power",
             "permutation_test",
+            "permutation_tests",
             "sensitivity_at_specificity",
         ],
         "detection_table": ["detection_figures", "detection_report", "read_scores"],

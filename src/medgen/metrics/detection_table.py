@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from medgen.metrics.detection import (
     auroc_source_subsampling,
     average_precision_bootstrap,
     delong_test,
-    permutation_test,
+    permutation_tests,
     sensitivity_at_specificity,
 )
 from medgen.metrics.intervals import CHEAP_RESAMPLES, Estimate
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "MEASURES",
     "SCORE_COLUMNS",
     "DetectionTable",
     "detection_figures",
@@ -133,12 +134,13 @@ def detection_figures(
     else:
         notes.append("not every image names its patient: each image counts as its own, which may be too narrow")
     settings = {"resamples": resamples, "level": level, "seed": seed}
+    p_values = _permutation_p_values(columns, labels, patients, shuffles, seed)
     figures: dict[str, float] = {}
     table: dict[str, dict[str, Any]] = {}
     for name, values in columns.items():
         known = np.isfinite(values)
         chosen = None if patients is None else patients[known]
-        found, problems = _figures_of(values[known], labels[known], chosen, shuffles, settings)
+        found, problems = _figures_of(values[known], labels[known], chosen, p_values[name], settings)
         lost = {"normal": int((~known & ~labels).sum()), "anomalous": int((~known & labels).sum())}
         if sum(lost.values()):
             problems.insert(
@@ -171,11 +173,41 @@ def detection_figures(
     return DetectionTable(figures, tuple(table.values()), _counts(labels, patients), tuple(notes))
 
 
+def _permutation_p_values(
+    columns: Mapping[str, NDArray[np.float64]],
+    labels: NDArray[np.bool_],
+    patients: NDArray[np.str_] | None,
+    shuffles: int,
+    seed: int,
+) -> dict[str, float | UserError]:
+    """Per score the p-value, or why there is none; scores that the same images have are shuffled together."""
+    together: dict[bytes, list[str]] = {}
+    for name, values in columns.items():
+        together.setdefault(np.isfinite(values).tobytes(), []).append(name)
+    found: dict[str, float | UserError] = {}
+    for names in together.values():
+        known = np.isfinite(columns[names[0]])
+        groups = [known & labels, known & ~labels]
+        try:
+            tests = permutation_tests(
+                *([columns[name][group] for name in names] for group in groups),
+                alternative="greater",
+                shuffles=shuffles,
+                seed=seed,
+                first_patients=None if patients is None else patients[groups[0]],
+                second_patients=None if patients is None else patients[groups[1]],
+            )
+            found |= {name: test.p_value for name, test in zip(names, tests, strict=True)}
+        except UserError as error:
+            found |= dict.fromkeys(names, error)
+    return found
+
+
 def _figures_of(
     scores: NDArray[np.float64],
     labels: NDArray[np.bool_],
     patients: NDArray[np.str_] | None,
-    shuffles: int,
+    p_value: float | UserError,
     settings: Mapping[str, Any],
 ) -> tuple[dict[tuple[str, str], float], list[str]]:
     """Figures of one score as {(name, suffix): value}, and why others are missing."""
@@ -204,17 +236,9 @@ def _figures_of(
         return {**with_interval(point.sensitivity), "_threshold": point.threshold}
 
     def permutation() -> dict[str, float]:
-        by_class = [None if patients is None else patients[kind] for kind in (labels, ~labels)]
-        result = permutation_test(
-            scores[labels],
-            scores[~labels],
-            alternative="greater",
-            shuffles=shuffles,
-            seed=settings["seed"],
-            first_patients=by_class[0],
-            second_patients=by_class[1],
-        )
-        return {"": result.p_value}
+        if isinstance(p_value, UserError):
+            raise p_value
+        return {"": p_value}
 
     add("auroc", lambda: with_interval(auroc_bootstrap(scores, labels, patients, **settings)))
     add("auroc_delong", delong)
@@ -237,11 +261,11 @@ def read_scores(path: str | PathLike[str], anomaly: int | None = None) -> list[d
         A dictionary a row; an empty score is None.
 
     Raises:
-        UserError: no such file, no rows, a score that is no number, or a class that is missing or contradicts
-            ``anomaly``.
+        UserError: no such file, no rows, a score that is no number, or a class that is neither 0 nor 1, is missing or
+            contradicts ``anomaly``.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel puts a byte order mark first
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or "not a CSV in UTF-8"
@@ -251,18 +275,20 @@ def read_scores(path: str | PathLike[str], anomaly: int | None = None) -> list[d
     for number, row in enumerate(rows, 2):
         for name in (name for name in SCORE_COLUMNS if name in row):
             row[name] = _number(row[name], f"{path}, line {number}, {name}")
-        given = str(row.get("anomaly") or "")
-        if anomaly is not None and given not in ("", str(anomaly)):
+        given = _number(row.get("anomaly"), f"{path}, line {number}, anomaly")  # pandas writes 1.0
+        if given not in (None, 0, 1):
+            raise UserError(f"{path}, line {number}: anomaly must be 0 or 1, got {row['anomaly']}; mend the table")
+        if anomaly is not None and given not in (None, anomaly):
             raise UserError(
-                f"{path}, line {number}: anomaly is {given}, but the table was given as one of class {anomaly} alone; "
-                "give one table with both classes, or two with one each"
+                f"{path}, line {number}: anomaly is {given:g}, but the table was given as one of class {anomaly} "
+                "alone; give one table with both classes, or two with one each"
             )
-        if anomaly is None and not given:
+        if anomaly is None and given is None:
             raise UserError(
                 f"{path}, line {number}: names no class in a column anomaly (0 or 1); add it, or give the anomalous "
                 "images as a second table with --anomalous_scores"
             )
-        row["anomaly"] = given or anomaly
+        row["anomaly"] = anomaly if given is None else int(given)
     return rows
 
 
@@ -349,17 +375,22 @@ def detection_report(
     anomalous_scores: str | PathLike[str] | None,
     output_dir: str | PathLike[str],
     *,
+    distinct: bool = False,
     resamples: int = CHEAP_RESAMPLES,
     shuffles: int = SHUFFLES,
     level: float = 0.95,
     seed: int = 0,
 ) -> DetectionTable:
-    """From tables of scores to ``metrics.json``, ``detection.csv`` and ``images/roc.png``.
+    """From tables of scores to ``detection.json``, ``detection.csv`` and ``images/roc.png``.
+
+    A ``metrics.json`` in the folder stays as it is: that of an evaluation says which weights it measured.
 
     Args:
         scores: CSV of the normal images, or of all images with a column ``anomaly``.
         anomalous_scores: CSV of the anomalous images, or None.
         output_dir: folder of the three files.
+        distinct: whether the two tables are of different people throughout, whatever their names: images of folders
+            without DICOM attributes are named after their files, and two folders may both hold a ``0001.png``.
         resamples: see :func:`detection_figures`.
         shuffles: see :func:`detection_figures`.
         level: see :func:`detection_figures`.
@@ -371,15 +402,28 @@ def detection_report(
     Raises:
         UserError: as for :func:`read_scores` and :func:`detection_figures`.
     """
+    notes: tuple[str, ...] = ()
     if anomalous_scores:
-        rows = [*read_scores(scores, anomaly=0), *read_scores(anomalous_scores, anomaly=1)]
+        normal, anomalous = read_scores(scores, anomaly=0), read_scores(anomalous_scores, anomaly=1)
+        names = [{row["patient"] for row in rows if row.get("patient")} for rows in (normal, anomalous)]
+        shared = sorted(names[0] & names[1])
+        if shared and distinct:
+            for row in (row for row in anomalous if row.get("patient")):
+                row["patient"] = f"anomalous {row['patient']}"
+        elif shared:
+            notes = (
+                f"{len(shared)} patients are in both tables ({shared[0]} is one) and count as the same people; where "
+                "they are others, as with files of one name in two folders, give --distinct true",
+            )
+        rows = [*normal, *anomalous]
     else:
         rows = read_scores(scores)
     table = detection_figures(rows, resamples=resamples, shuffles=shuffles, level=level, seed=seed)
+    table = replace(table, notes=(*notes, *table.notes))
     folder = Path(output_dir)
     write_detection(rows, table, folder / "detection.csv", folder / "images" / "roc.png")
     record = {**table.figures, **table.counts, "n": len(rows), "seed": seed, "git": git_revision()}
-    atomic_write_text(folder / "metrics.json", json.dumps(plain_json(record), indent=4, allow_nan=False) + "\n")
+    atomic_write_text(folder / "detection.json", json.dumps(plain_json(record), indent=4, allow_nan=False) + "\n")
     return table
 
 

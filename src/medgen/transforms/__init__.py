@@ -14,7 +14,10 @@ from medgen.transforms.anomaly import (
     FitToReferenced,
     RestoreGridd,
     ScoreAnomalyd,
+    check_files,
+    check_scoring,
     default_patch,
+    origin_of_reconstructions,
     pair_reconstructions,
 )
 from medgen.transforms.background import InBackground
@@ -24,7 +27,7 @@ from medgen.transforms.resize import ResizeShorterSide, ResizeShorterSided
 from medgen.transforms.save import SaveArray, SaveArrayd, SavePNG, SavePNGd
 from medgen.transforms.save_anomaly import SaveAnomalyDICOMd, SaveMapd, SaveOverlayd
 from medgen.transforms.save_dicom import SaveDICOM, SaveDICOMd
-from medgen.transforms.save_projection import ProjectionRecord, SaveProjectiond
+from medgen.transforms.save_projection import ProjectionRecord, SaveProjectiond, SaveUnlessDiverged
 
 __all__ = [
     "AUGMENT_PRESETS",
@@ -53,7 +56,11 @@ __all__ = [
     "SavePNG",
     "SavePNGd",
     "SaveProjectiond",
+    "SaveUnlessDiverged",
     "ScoreAnomalyd",
+    "check_files",
+    "check_scoring",
     "default_patch",
+    "origin_of_reconstructions",
     "pair_reconstructions",
 ]

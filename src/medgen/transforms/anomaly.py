@@ -7,6 +7,7 @@ Everything geometric goes by the affine of MONAI's ``MetaTensor``. Images read b
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
@@ -20,24 +21,153 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import CenterSpatialCrop, MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_numpy
+from PIL import Image, ImageOps
 from scipy import ndimage
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from medgen.data.image_set import file_sha256
+from medgen.data.reader import UnreadableImageError, one_line, read_some
 from medgen.errors import UserError
 from medgen.metrics.anomaly import PATCH, heat_map, score_anomaly
 from medgen.transforms.resize import ResizeShorterSide
 from medgen.transforms.save import SavePNG
+from medgen.transforms.save_projection import ProjectionRecord, RecordName
 
 __all__ = [
     "FitAnomalyMaskd",
     "FitToReferenced",
     "RestoreGridd",
     "ScoreAnomalyd",
+    "check_files",
+    "check_scoring",
     "default_patch",
+    "origin_of_reconstructions",
     "pair_reconstructions",
     "pixels_of_file",
+    "read_anomaly_mask",
 ]
 
 Item = dict[str, Any]
+
+
+def check_scoring(
+    items: Sequence[Mapping[str, Any]], patch: int | None = None, image_size: Sequence[int] | None = None
+) -> None:
+    """See before a projection of hours that its scoring will not fail by a setting or a class.
+
+    Args:
+        items: of a datalist.
+        patch: side of the patches in pixels, or None.
+        image_size: height and width that are scored; None where they are not known beforehand.
+
+    Raises:
+        UserError: an ``anomaly`` that is neither 0 nor 1 (nor absent), or a patch larger than the image.
+    """
+    wrong = [item for item in items if item.get("anomaly") not in (None, 0, 1)]
+    if wrong:
+        raise UserError(
+            f"anomaly must be 1, or 0 or absent for a normal image, got {wrong[0]['anomaly']!r} for "
+            f"{wrong[0]['image']} ({len(wrong)} of {len(items)} items); mend the datalist"
+        )
+    checked_patch(patch)
+    if patch is not None and image_size is not None and patch > min(image_size):
+        raise UserError(
+            f"patch must be at most the shorter side of the image, {min(image_size)} pixels, got {patch}; set --patch"
+        )
+
+
+def checked_patch(patch: int | None) -> int | None:
+    """The setting, if it is one; else a UserError."""
+    if patch is not None and (isinstance(patch, bool) or not isinstance(patch, int) or patch < 1):
+        raise UserError(f"patch must be a whole number of pixels of at least 1, got {patch!r}; set --patch {PATCH}")
+    return patch
+
+
+class _Problems:
+    """Map-style data set over items: what is wrong with the files of each, or an empty text."""
+
+    def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> str:
+        item = self.items[number]
+        name = item["image"]
+        try:
+            shape = read_some(Path(name), None, 0)[0].pixels.shape[:2]
+            if item.get("anomaly_mask"):
+                name = item["anomaly_mask"]
+                _check_mask(name, read_anomaly_mask(name), shape)
+        except UnreadableImageError as error:
+            return f"{name}: {error}"
+        except UserError as error:
+            return str(error)
+        except MemoryError:
+            return f"{name}: too large for the memory"
+        except Exception as error:  # one odd file must not hide the others
+            return f"{name}: {type(error).__name__}: {one_line(error)}"
+        return ""
+
+
+def check_files(items: Sequence[Mapping[str, Any]], num_workers: int = 0) -> None:
+    """Read all images and anomaly masks of a datalist once, before a projection of hours stops at one of them.
+
+    Args:
+        items: with ``image`` and perhaps ``anomaly_mask``.
+        num_workers: processes that read; 0 reads in this one.
+
+    Raises:
+        UserError: files that cannot be read, or masks that do not have their image's size; names the first.
+    """
+    # a generator of its own: the check must not change what a seed gives
+    loader = DataLoader(_Problems(items), batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    checked = tqdm(loader, desc="checking", unit="image", leave=False, disable=None)
+    problems = [problem for problem in checked if problem]
+    if problems:
+        raise UserError(
+            f"{problems[0]} ({len(problems)} of {len(items)} items cannot be used); mend the files, or take the items "
+            "out of the datalist"
+        )
+
+
+def read_anomaly_mask(path: str | PathLike[str]) -> np.ndarray:
+    """Where the mask of a known anomaly is above 0, by the values as they are stored.
+
+    Not as an image is read: that scales a NIfTI by its minimum and maximum, and a mask of ones alone would be empty.
+
+    Args:
+        path: of the first frame; PNG, TIFF, BMP, DICOM or NIfTI.
+
+    Returns:
+        (H, W) bool in the rows and columns in which the image of the file would be read.
+
+    Raises:
+        UserError: it cannot be read, or is a JPEG, whose compression leaves no exact 0 around the anomaly.
+    """
+    try:
+        frame = read_some(Path(path), (0.5, 1.0), 0)[0]
+    except UnreadableImageError as error:
+        raise UserError(f"{path}: {error}") from error.__cause__
+    if frame.meta["format"] in ("JPEG", "MPO"):
+        raise UserError(f"{path}: a JPEG is blurred around its edges and no mask; save the mask as PNG, above 0 inside")
+    pixels = frame.pixels
+    if frame.meta.get("photometric") in ("I", "F") and frame.meta["format"] not in ("DICOM", "NIfTI"):
+        with Image.open(
+            path, formats=("PNG", "TIFF", "BMP")
+        ) as image:  # whole numbers and floats of 32 bits were scaled from their minimum
+            pixels = np.asarray(ImageOps.exif_transpose(image))
+    return (pixels if pixels.ndim == 2 else pixels.max(axis=-1)) > 0
+
+
+def _check_mask(path: str | PathLike[str], mask: np.ndarray, shape: Sequence[int]) -> None:
+    if mask.shape != tuple(shape):
+        raise UserError(
+            f"{path}: an anomaly_mask must have its image's {shape[0]}×{shape[1]} pixels (height × width), got "
+            f"{mask.shape[0]}×{mask.shape[1]}; make it from the same file"
+        )
 
 
 def pair_reconstructions(
@@ -45,6 +175,7 @@ def pair_reconstructions(
     folder: str | PathLike[str],
     data_root: str | PathLike[str] = "",
     require_files: bool = True,
+    inputs: Sequence[str | PathLike[str]] = (),
 ) -> list[Item]:
     """Datalist items with the path of each image's reconstruction as ``reconstruction``.
 
@@ -56,6 +187,8 @@ def pair_reconstructions(
         folder: of the reconstructions.
         data_root: folder of the images, whose sub-folders are repeated below ``folder``.
         require_files: False where the reconstructions are still to be written; their names follow from the images'.
+        inputs: all images of the run that made the reconstructions, where ``items`` are some of them; default: those of
+            ``items``.
 
     Returns:
         Copies of the items, without entries that are None.
@@ -63,7 +196,7 @@ def pair_reconstructions(
     Raises:
         UserError: a reconstruction is missing, or an image lies outside ``data_root``.
     """
-    namer = SavePNG(folder, data_root, inputs=[item["image"] for item in items])
+    namer = SavePNG(folder, data_root, inputs=inputs or [item["image"] for item in items])
     pairs, missing = [], []
     for item in items:
         path = namer.path(None, {"filename_or_obj": item["image"]})
@@ -80,9 +213,34 @@ def pair_reconstructions(
     if missing:
         raise UserError(
             f"{missing[0]} not found ({len(missing)} of {len(pairs)} reconstructions are missing); project the images "
-            "first (configs/project.json), or name the folder with --reconstruction_dir"
+            "first (configs/project.json), name the folder with --reconstruction_dir, or leave out of the data what a "
+            "projection listed in rejected.csv"
         )
     return pairs
+
+
+def origin_of_reconstructions(
+    pairs: Sequence[Mapping[str, Any]],
+    projection_dir: str | PathLike[str] | None = None,
+    data_root: str | PathLike[str] = "",
+) -> str:
+    """What made the reconstructions of a folder: the settings and weights of their projection.
+
+    Args:
+        pairs: of :func:`pair_reconstructions`.
+        projection_dir: folder of the projections' records, or None.
+        data_root: see :func:`pair_reconstructions`.
+
+    Returns:
+        :meth:`~medgen.transforms.SaveProjectiond.origin` of the first record; where there is none, the SHA-256 of the
+        first reconstruction: those of another detector have another.
+    """
+    if projection_dir is not None:
+        names = RecordName(projection_dir, data_root, inputs=[pair["image"] for pair in pairs])
+        path = names.path(np.empty(0), {"filename_or_obj": pairs[0]["image"]})
+        if path.is_file():
+            return json.dumps(ProjectionRecord(path).settings, sort_keys=True)
+    return file_sha256(pairs[0]["reconstruction"])
 
 
 def default_patch(shape: Sequence[int]) -> int:
@@ -164,8 +322,8 @@ class FitAnomalyMaskd(Transform):
     the file: nearest neighbour both ways, so that a needle of one pixel does not vanish when the image shrinks.
 
     Args:
-        key: key of the mask as it was read, (C, H', W') in the rows and columns of the image's file, anomalous where it
-            is above 0. An item without it gets a mask of zeros.
+        key: key of the mask's path (:func:`read_anomaly_mask`); the mask has the rows and columns of the image's file.
+            An item without it gets a mask of zeros.
         image_key: key of the image, resized and cropped.
     """
 
@@ -178,20 +336,15 @@ class FitAnomalyMaskd(Transform):
         """Fit the mask of one item; returns a new dictionary with a uint8 tensor (1, H, W) of 0 and 1.
 
         Raises:
-            UserError: the mask has another size than the image's file.
+            UserError: the mask cannot be read, or has another size than the image's file.
         """
         d = dict(data)
         image = d[self.image_key]
         fitted = np.zeros(tuple(image.shape[1:]), dtype=np.uint8)
         if self.key in d:
             matrix, shape = pixels_of_file(image)
-            mask = convert_to_numpy(d[self.key]).max(axis=0) > 0
-            if mask.shape != shape:
-                name = getattr(d[self.key], "meta", {}).get("filename_or_obj", self.key)
-                raise UserError(
-                    f"{name}: an anomaly_mask must have its image's {shape[0]}×{shape[1]} pixels (height × width), got "
-                    f"{mask.shape[0]}×{mask.shape[1]}; make it from the same file"
-                )
+            mask = read_anomaly_mask(d[self.key])
+            _check_mask(d[self.key], mask, shape)
             scale, shift = np.diag(matrix)[:2], matrix[:2, 2]
             rows, columns = (
                 np.clip(np.rint(np.arange(n) * scale[axis] + shift[axis]).astype(int), 0, shape[axis] - 1)
@@ -231,11 +384,9 @@ class ScoreAnomalyd(MapTransform):
         super().__init__(keys)
         if len(self.keys) != 2:
             raise UserError(f"scoring takes the keys of the image and of its reconstruction, got {self.keys}")
-        if patch is not None and (isinstance(patch, bool) or not isinstance(patch, int) or patch < 1):
-            raise UserError(f"patch must be a whole number of pixels of at least 1, got {patch!r}; take {PATCH}")
-        if not 0 <= body_threshold < 1:
-            raise UserError(f"body_threshold must be at least 0 and below 1, got {body_threshold}; take 0")
-        self.patch, self.body_threshold = patch, body_threshold
+        if not isinstance(body_threshold, int | float) or not 0 <= body_threshold < 1:
+            raise UserError(f"body_threshold must be at least 0 and below 1, got {body_threshold!r}; take 0")
+        self.patch, self.body_threshold = checked_patch(patch), body_threshold
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Score one item.

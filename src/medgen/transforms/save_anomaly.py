@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,16 +12,15 @@ from typing import Any, ClassVar
 import matplotlib
 import nibabel as nib
 import numpy as np
-import pydicom
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import TransformBackends, convert_to_numpy
 from PIL import Image, ImageDraw, ImageFont
 
-from medgen.data.dicom_writer import read_source, write_parametric_map, write_secondary_capture
-from medgen.data.reader import functional_group
+from medgen.data.dicom_writer import pixel_affine, read_source, write_parametric_map, write_secondary_capture
 from medgen.errors import UserError
+from medgen.metrics.detection_table import MEASURES
 from medgen.transforms.anomaly import pixels_of_file
 from medgen.transforms.save import _Save
 
@@ -31,7 +30,6 @@ COLOUR_MAP = "plasma"  # perceptually uniform, and none of its colours is a grey
 OPACITY = 0.65  # at the top of the scale; 0 at its foot
 BOX_COLOUR = (0, 255, 255)  # not among the map's colours
 SMALLEST_PICTURE = 512  # pixels of the shorter side: a small image is enlarged by a whole factor
-MEASURES = {"mse": "MSE", "wd": "WD"}
 
 
 def draw_overlay(
@@ -142,9 +140,12 @@ class _AnomalyFiles(MapTransform):
     def check_limits(self, limits: Sequence[float | None] | float | None) -> list[float | None]:
         """Top of the scale per key; None: the map's own maximum."""
         found = list(limits) if isinstance(limits, list | tuple) else [limits] * len(self.keys)
-        if len(found) != len(self.keys) or any(value is not None and not value > 0 for value in found):
+        numbers = [value for value in found if value is not None]
+        valid = all(isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in numbers)
+        if len(found) != len(self.keys) or not valid:
             raise UserError(
-                f"limits must be a number above 0 or null for each of the {len(self.keys)} maps, got {limits}"
+                f"limits must be a number above 0 or null for each of the {len(self.keys)} maps, got {limits}; "
+                "set --mse_limit and --wd_limit"
             )
         return found
 
@@ -187,7 +188,7 @@ class SaveOverlayd(_AnomalyFiles):
             heat = convert_to_numpy(d[key])[0]
             top = _top(heat, limit)
             box = _worst_patch(d["scores"], measure, d[self.image_key])
-            picture = _with_colour_bar(draw_overlay(source, heat, top, box, factor), top, MEASURES[measure])
+            picture = _with_colour_bar(draw_overlay(source, heat, top, box, factor), top, measure.upper())
             file = io.BytesIO()
             # over a radiograph the usual level takes six times as long, for a file a sixth smaller
             Image.fromarray(picture).save(file, format="PNG", compress_level=1)
@@ -246,7 +247,9 @@ class SaveAnomalyDICOMd(_AnomalyFiles):
         limits: see :class:`SaveOverlayd`; also the upper end of the parametric map's display window.
         source_key: see :class:`SaveOverlayd`.
         image_key: see :class:`SaveOverlayd`.
-        origin: what made the reconstructions, such as the SHA-256 of the weights: another origin is another series.
+        origin: what made the reconstructions, such as the settings and weights of their projection, or what gives it
+            when the first map is written. Maps of another origin, other patches or other limits are another series,
+            which an archive keeps beside the first.
     """
 
     def __init__(
@@ -258,7 +261,7 @@ class SaveAnomalyDICOMd(_AnomalyFiles):
         limits: Sequence[float | None] | float | None = None,
         source_key: Hashable = "source",
         image_key: Hashable = "image",
-        origin: str = "",
+        origin: str | Callable[[], str] = "",
     ) -> None:
         super().__init__(keys)
         self.limits = self.check_limits(limits)
@@ -277,11 +280,14 @@ class SaveAnomalyDICOMd(_AnomalyFiles):
         source = read_source(meta["filename_or_obj"])
         frame = int(meta.get("frame", 0))
         pixels = convert_to_numpy(d[self.source_key])[0]
+        settings = ", ".join(f"{key}: {limit}" for key, limit in zip(self.keys, self.limits, strict=True))
+        made_by = self.origin() if callable(self.origin) else self.origin
+        origin = f"{made_by}, patch {d['scores']['patch']}, limits {settings}"
         scored = "x".join(str(side) for side in d[self.image_key].shape[1:])
         for key, measure, limit, savers in self.key_iterator(d, self.measures, self.limits, self.savers):
             heat = convert_to_numpy(d[key])[0]
             top = _top(heat, limit)
-            name, patch = MEASURES[measure], d["scores"]["patch"]
+            name, patch = measure.upper(), d["scores"]["patch"]
             box = _worst_patch(d["scores"], measure, d[self.image_key])
             overlay, parametric = (saver.path(d[key], meta) for saver in savers)
             write_secondary_capture(
@@ -295,7 +301,7 @@ class SaveAnomalyDICOMd(_AnomalyFiles):
                     f"{top:.4g}; outlined: the patch of the highest {name}; no colour where nothing was scored"
                 ),
                 frame=frame,
-                origin=self.origin,
+                origin=origin,
             )
             write_parametric_map(
                 parametric,
@@ -305,7 +311,7 @@ class SaveAnomalyDICOMd(_AnomalyFiles):
                 explanation=f"{name} to reconstruction, {patch} px patches; 0 if not scored",
                 window=(top / 2, top),
                 frame=frame,
-                origin=self.origin,
+                origin=origin,
             )
         return d
 
@@ -332,7 +338,7 @@ def _in_space(values: np.ndarray, meta: Mapping[str, Any]) -> tuple[np.ndarray, 
         return _in_volume(values, nib.load(meta["filename_or_obj"]), frame)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])  # columns to the patient's left, rows to the back, as on any display
     if kind == "DICOM":
-        affine = affine @ _affine_of_dicom(read_source(meta["filename_or_obj"]), frame)
+        affine = affine @ pixel_affine(read_source(meta["filename_or_obj"]), frame)
     return values.T[..., None], affine
 
 
@@ -347,21 +353,3 @@ def _in_volume(values: np.ndarray, volume: nib.spatialimages.SpatialImage, frame
     axis = int(single[0]) if len(single) == 1 else 2
     affine[:3, 3] += frame * affine[:3, axis]
     return np.expand_dims(values.T[::-1, ::-1], axis), affine
-
-
-def _affine_of_dicom(source: pydicom.Dataset, frame: int) -> np.ndarray:
-    """(column, row, 0) of a DICOM image to mm (left, posterior, superior), PS3.3 C.7.6.2.1.1; else its spacing."""
-    affine = np.eye(4)
-    measures = functional_group(source, frame, "PixelMeasuresSequence")
-    spacing = measures.get("PixelSpacing") or source.get("ImagerPixelSpacing")
-    steps = [float(value) for value in [*(spacing or (1, 1)), measures.get("SliceThickness") or 1]]
-    # real files say 0 where they do not know
-    between_rows, between_columns, thickness = (step if step > 0 else 1.0 for step in steps)
-    directions = functional_group(source, frame, "PlaneOrientationSequence").get("ImageOrientationPatient")
-    position = functional_group(source, frame, "PlanePositionSequence").get("ImagePositionPatient")
-    if directions and position:
-        along_row, along_column = np.array(directions, dtype=float).reshape(2, 3)
-        affine[:3, :3] = np.stack([along_row, along_column, np.cross(along_row, along_column)], axis=1)
-        affine[:3, 3] = np.array(position, dtype=float)
-    affine[:3, :3] = affine[:3, :3] * [between_columns, between_rows, thickness]
-    return affine

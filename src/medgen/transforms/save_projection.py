@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Hashable, Mapping, Sequence
+import logging
+import math
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_numpy
 
+from medgen.data.datalist import printable, write_rejected
 from medgen.data.image_set import file_sha256
 from medgen.errors import UserError
 from medgen.output import atomic_file
-from medgen.transforms.save import SaveArray
+from medgen.transforms.save import SaveArray, SavePNG
 
-__all__ = ["ProjectionRecord", "SaveProjectiond"]
+__all__ = ["ProjectionRecord", "SaveProjectiond", "SaveUnlessDiverged"]
 
-NEEDED = ("w", "loss_curve", "steps", "distance", "settings")
+logger = logging.getLogger(__name__)
+
+RANKS = {"w": 2, "loss_curve": 1, "steps": 0, "distance": 0, "settings": 0, "source": 0}  # of a record's arrays
+FOUND = ("w", "loss_curve", "steps", "distance")  # by the projector
+KINDS = {"steps": "iu", "settings": "U", "source": "U"}  # of NumPy's types; the others are floating
 
 
 class RecordName(SaveArray):
@@ -41,18 +50,19 @@ class ProjectionRecord:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        arrays = self._arrays(*NEEDED)
+        arrays = self._arrays(*RANKS)
         self.w = arrays["w"]  # (L, W)
         self.loss_curve = arrays["loss_curve"]  # (steps,), NaN after an early stop
         self.steps = int(arrays["steps"])
         self.distance = float(arrays["distance"])
         self.settings: dict[str, Any] = json.loads(str(arrays["settings"]))
+        self.source: dict[str, Any] = json.loads(str(arrays["source"]))  # the image: image_sha256, label
 
     @cached_property
     def noise(self) -> list[np.ndarray]:
         """Maps (H, W), read when asked for: nearly all of the file. Empty where they were not saved."""
         arrays = self._arrays()
-        return [arrays[name] for name in sorted(set(arrays) - set(NEEDED), key=lambda name: int(name[6:]))]
+        return [arrays[f"noise_{number}"] for number in range(len(arrays) - len(RANKS))]
 
     def _arrays(self, *names: str) -> dict[str, np.ndarray]:
         arrays = _read(self.path, *names)
@@ -65,9 +75,16 @@ def _read(path: Path, *names: str) -> dict[str, np.ndarray] | None:
     """Arrays of a record, all if none is named; None for a file that is no whole record."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if not set(NEEDED) <= set(file.files):
+            maps = {f"noise_{number}" for number in range(len(file.files) - len(RANKS))}
+            if set(file.files) != {*RANKS, *maps}:
                 return None
-            return {name: file[name] for name in names or file.files}
+            arrays = {name: file[name] for name in names or file.files}
+        for name, array in arrays.items():
+            if array.ndim != RANKS.get(name, 2) or array.dtype.kind not in KINDS.get(name, "f"):
+                return None
+            if KINDS.get(name) == "U" and not isinstance(json.loads(str(array)), dict):
+                return None
+        return arrays
     # a broken or foreign file raises whatever its bytes lead to
     except Exception:
         return None
@@ -77,18 +94,23 @@ class SaveProjectiond(MapTransform):
     """Write what a :class:`~medgen.inferers.StyleGAN2Projector` found for an image as one ``.npz`` without pickles.
 
     Arrays ``w`` (L, W), ``noise_0`` … (H, W) from the smallest map, ``loss_curve`` (steps,), ``steps``, ``distance``
-    and ``settings``, a JSON text. The file is written whole or not at all. Put this transform last: a record says that
-    the image is finished, so everything else must be on the disk before it.
+    and two JSON texts: ``settings``, and ``source`` with the SHA-256 of the image's file and its label. Maps that were
+    not optimised are the model's own and are left out. The file is written whole or not at all. Put this transform
+    last: a record says that the image is finished, so everything else must be on the disk before it.
 
     Args:
         output_dir: folder to write below; made where missing.
-        settings: plain values that a projection depends on; records of other settings are not resumed.
+        settings: plain values that a projection depends on, the size of the batch among them; records of other
+            settings are not resumed.
         model_path: weights of the generator; the file's SHA-256 becomes one of the settings.
         data_root: see :class:`~medgen.transforms.SavePNG`.
         inputs: see :class:`~medgen.transforms.SavePNG`.
         image_key: key of the image, whose file names the record.
+        label_key: key of the class that the image is projected with; None: without.
         save_noise: False leaves the noise maps out, nearly all of the file's size: 2.8 MB at 512×512 pixels. The
             reconstruction cannot be made again from the record then.
+        reconstruction_dir: folder of the reconstructions, without whose PNG no image is finished; None: the record
+            alone says so.
     """
 
     backend: ClassVar[list[TransformBackends]] = [TransformBackends.NUMPY]
@@ -101,11 +123,15 @@ class SaveProjectiond(MapTransform):
         data_root: str | PathLike[str] = "",
         inputs: Sequence[str | PathLike[str]] = (),
         image_key: str = "image",
+        label_key: str | None = None,
         save_noise: bool = True,
+        reconstruction_dir: str | PathLike[str] | None = None,
     ) -> None:
         super().__init__(image_key)
         self.names = RecordName(output_dir, data_root, inputs=inputs)
-        self.model_path, self.save_noise = Path(model_path), save_noise
+        self.pictures = None if reconstruction_dir is None else SavePNG(reconstruction_dir, data_root, inputs=inputs)
+        self.model_path, self.label_key = Path(model_path), label_key
+        self.save_noise = save_noise and settings.get("optimise_noise", True)
         self._settings = dict(settings)
 
     @cached_property
@@ -122,28 +148,74 @@ class SaveProjectiond(MapTransform):
         own = {"save_noise": self.save_noise, "model_sha256": file_sha256(self.model_path)}
         return self._settings | own
 
+    def origin(self) -> str:
+        """The settings as the records hold them: what tells reconstructions of two projections apart."""
+        return json.dumps(self.settings, sort_keys=True)
+
     def path_of(self, file: str | PathLike[str]) -> Path:
         """Where the record of an image file is."""
         return self.names.path(np.empty(0), {"filename_or_obj": str(file)})
 
-    def is_finished(self, item: Mapping[Hashable, Any]) -> bool:
-        """Whether the record of a datalist's item is there.
+    def source_of(self, file: str | PathLike[str], data: Mapping[Hashable, Any]) -> dict[str, Any]:
+        """What a record says of its image, whose label ``data`` holds.
 
         Raises:
-            UserError: it was made with other settings.
+            UserError: the file cannot be read.
         """
-        path = self.path_of(item[self.keys[0]])
-        record = _read(path, "settings")
+        try:
+            source: dict[str, Any] = {"image_sha256": file_sha256(file)}
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); mend it, or take it out of the data") from error
+        return source if self.label_key is None else source | {"label": int(data[self.label_key])}
+
+    def is_finished(self, item: Mapping[Hashable, Any]) -> bool:
+        """Whether the record of a datalist's item is there, and its reconstruction where a folder of them was given.
+
+        Raises:
+            UserError: it was made with other settings, from another image or with another label.
+        """
+        image = item[self.keys[0]]
+        path = self.path_of(image)
+        record = _read(path, *RANKS)
         if record is None:
             return False
-        before = json.loads(str(record["settings"]))
-        for name in [*self.settings, *before]:
-            if before.get(name) != self.settings.get(name):
+        now = self.settings | self.source_of(image, item)
+        before = json.loads(str(record["settings"])) | json.loads(str(record["source"]))
+        for name in [*now, *before]:
+            if before.get(name) != now.get(name):
                 raise UserError(
-                    f"{path} was made with {name} {before.get(name)}, this run has {self.settings.get(name)}; resume "
+                    f"{path} was made with {name} {before.get(name)}, this run has {now.get(name)}; resume "
                     f"with what it was made with, or choose another --output_dir"
                 )
-        return True
+        if self.pictures is None:
+            return True
+        return self.pictures.path(np.empty(0), {"filename_or_obj": item[self.keys[0]]}).is_file()
+
+    def projected(self, items: Sequence[Mapping[Hashable, Any]], required: bool = True) -> list[Mapping[Hashable, Any]]:
+        """The items that have a record, in their order; a warning says how many have none.
+
+        Args:
+            items: of a datalist.
+            required: False for a config that is looked through before anything is projected: without any record all
+                items, and no word on those that have none.
+
+        Raises:
+            UserError: there are items, and none has.
+        """
+        found = [item for item in items if self.path_of(item[self.keys[0]]).is_file()]
+        if not required:
+            return found or list(items)
+        if items and not found:
+            raise UserError(
+                f"none of {len(items)} images could be projected, rejected.csv says why; lower --initial_lr, or look "
+                "whether these weights make images"
+            )
+        if len(found) < len(items):
+            logger.warning(
+                f"{len(items) - len(found)} of {len(items)} images could not be projected and have no "
+                "reconstruction; rejected.csv says which"
+            )
+        return found
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the record of one item; returns a new dictionary with ``projection_path``.
@@ -152,11 +224,55 @@ class SaveProjectiond(MapTransform):
             data: the image, a ``MetaTensor``, and the entries of the projector's output for it.
         """
         d = dict(data)
-        path = self.path_of(d[self.keys[0]].meta["filename_or_obj"])
-        arrays = {name: convert_to_numpy(d[name]) for name in NEEDED[:-1]}
+        file = d[self.keys[0]].meta["filename_or_obj"]
+        path = self.path_of(file)
+        arrays = {name: convert_to_numpy(d[name]) for name in FOUND}
+        source = json.dumps(self.source_of(file, d), sort_keys=True)
         if self.save_noise:
             arrays |= {f"noise_{number}": convert_to_numpy(noise)[0] for number, noise in enumerate(d["noise"])}
-        with atomic_file(path) as file:
-            np.savez(file, **arrays, settings=np.array(json.dumps(self.settings, sort_keys=True)))
+        with atomic_file(path) as record:
+            np.savez(record, **arrays, settings=np.array(self.origin()), source=np.array(source))
         d["projection_path"] = str(path)
         return d
+
+
+class SaveUnlessDiverged(Transform):
+    """Write what was found for an image, or say in a CSV that its projection diverged and go on with the next.
+
+    Args:
+        transform: what writes an item.
+        rejected: CSV (``file, reason``); rows that are there stay.
+        data_root: folder that ``file`` is relative to; empty: paths as they are.
+        image_key: key of the image.
+    """
+
+    def __init__(
+        self,
+        transform: Callable[[Mapping[Hashable, Any]], Any],
+        rejected: str | PathLike[str],
+        data_root: str | PathLike[str] = "",
+        image_key: str = "image",
+    ) -> None:
+        self.transform, self.rejected = transform, Path(rejected)
+        self.data_root, self.image_key = str(data_root), image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Any:
+        """Write one item and return what ``transform`` does, or the item as it is.
+
+        Args:
+            data: the image, a ``MetaTensor``, and the entries of the projector's output for it.
+        """
+        if math.isfinite(data["distance"]):
+            return self.transform(data)
+        file = str(data[self.image_key].meta["filename_or_obj"])
+        name = os.path.relpath(file, self.data_root) if self.data_root else file
+        name, reason = printable(name.replace(os.sep, "/")), "its projection ended in values that are not finite"
+        rows = {}
+        if self.rejected.is_file():
+            with open(self.rejected, newline="", encoding="utf-8") as table:
+                rows = {row["file"]: row["reason"] for row in csv.DictReader(table)}
+        if reason not in rows.get(name, ""):
+            rows[name] = f"{rows[name]}; {reason}" if name in rows else reason
+            write_rejected(self.rejected, rows)
+        logger.warning(f"{file}: {reason}; lower --initial_lr, or look whether these weights make images")
+        return data
