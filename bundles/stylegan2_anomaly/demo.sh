@@ -27,7 +27,7 @@ fi
 DATALIST=$(absolute "$DATALIST")
 data=(--datalist "$DATALIST")
 if [ -n "${DATASET_DIR:-}" ]; then data+=(--dataset_dir "$(absolute "$DATASET_DIR")"); fi
-show "$PYTHON" -m preprocessing.corrupt --source "$DATALIST" --target "$OUT/demo_corrupted" --kind disc \
+show "$PYTHON" -m preprocessing.corrupt --source "$DATALIST" "${data[@]:2}" --target "$OUT/demo_corrupted" --kind disc \
     --keep-originals
 
 cd "$bundle"
