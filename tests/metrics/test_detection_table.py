@@ -101,7 +101,8 @@ def test_patient_with_images_of_both_classes_costs_the_permutation_test_and_noth
     rows[-1]["patient"] = rows[0]["patient"]
     found = detection_figures(rows, **FAST)
     assert "permutation_p_mse_full" not in found.figures
-    assert any(note.startswith("mse_full: no permutation_p: no patient may be in both groups") for note in found.notes)
+    (note,) = (note for note in found.notes if "no permutation_p: no patient may be in both groups" in note)
+    assert note.startswith("mse_full, ")
     assert "auroc_mse_full_low" in found.figures
 
 

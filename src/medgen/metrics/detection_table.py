@@ -137,6 +137,7 @@ def detection_figures(
     p_values = _permutation_p_values(columns, labels, patients, shuffles, seed)
     figures: dict[str, float] = {}
     table: dict[str, dict[str, Any]] = {}
+    concerned: dict[str, list[str]] = {}  # problem -> scores that have it: most hold for all of them
     for name, values in columns.items():
         known = np.isfinite(values)
         chosen = None if patients is None else patients[known]
@@ -146,11 +147,13 @@ def detection_figures(
             problems.insert(
                 0, f"{lost['normal']} normal and {lost['anomalous']} anomalous images without it are left out"
             )
-        notes += [f"{name}: {problem}" for problem in problems]
+        for problem in problems:
+            concerned.setdefault(problem, []).append(name)
         table[name] = {"score": name, **_counts(labels[known], chosen), "left_out": sum(lost.values())}
         table[name] |= {f"{stem}{suffix}": value for (stem, suffix), value in found.items()}
         table[name]["note"] = "; ".join(problems)
         figures |= {f"{stem}_{name}{suffix}": value for (stem, suffix), value in found.items()}
+    notes += [f"{', '.join(names)}: {problem}" for problem, names in concerned.items()]
     for region in REGIONS:
         pair = [f"{measure}_{region}" for measure in MEASURES]
         if not set(pair) <= columns.keys():
