@@ -61,6 +61,20 @@ def test_reconstruction_grid_pads_smaller_images_with_black(tmp_path):
         assert (second[:, 3:] == 0).all()
 
 
+def test_reconstruction_grid_of_a_known_total_is_taken_evenly(tmp_path):
+    values = [n / 10 for n in range(10)]  # in batches of 2
+    batches = [
+        [{"image": torch.full((1, 3, 3), v), "pred": torch.zeros(1, 3, 3)} for v in values[n : n + 2]]
+        for n in range(0, 10, 2)
+    ]
+    engine = Engine(lambda _, batch: batch)
+    ReconstructionGrid(tmp_path, name="even", count=4, total=10).attach(engine)
+    for _ in range(2):  # a second run begins anew
+        engine.run(batches)
+    pixels = np.asarray(Image.open(tmp_path / "even.png"))
+    assert pixels[0, ::5].tolist() == [0, 76, 153, 230]
+
+
 @pytest.mark.parametrize("num_classes", [0, 2])
 def test_sample_grid_shows_the_same_latents_below_real_images(num_classes, tmp_path):
     network = StyleGAN2Generator(16, num_classes=num_classes, latent_dim=4, w_dim=4, channel_base=32, channel_max=4)

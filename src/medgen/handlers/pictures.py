@@ -46,10 +46,16 @@ class ReconstructionGrid:
         folder: where the PNGs go.
         name: file name without suffix; ``{epoch}`` is replaced.
         count: images in a row.
+        total: images of the run, from which ``count`` are taken evenly, so that of a list in the order of its classes
+            each is seen; None takes the first.
     """
 
-    def __init__(self, folder: str | Path, name: str = "epoch_{epoch:04d}", count: int = 8) -> None:
+    def __init__(
+        self, folder: str | Path, name: str = "epoch_{epoch:04d}", count: int = 8, total: int | None = None
+    ) -> None:
         self.folder, self.name, self.count = Path(folder), name, count
+        self._shown = set(range(count)) if total is None else set(np.linspace(0, total - 1, count).round().tolist())
+        self._seen = 0
         self._images: list[torch.Tensor] = []
         self._reconstructions: list[torch.Tensor] = []
 
@@ -61,13 +67,15 @@ class ReconstructionGrid:
 
     def start(self, engine: Engine) -> None:
         """Forget the images of the run before."""
-        self._images, self._reconstructions = [], []
+        self._images, self._reconstructions, self._seen = [], [], 0
 
     def collect(self, engine: Engine) -> None:
-        """Keep the first images of the first batches."""
-        for item in engine.state.output[: self.count - len(self._images)]:
-            self._images.append(torch.as_tensor(item["image"]).cpu())
-            self._reconstructions.append(torch.as_tensor(item["pred"]).cpu())
+        """Keep those images of a batch that will be shown."""
+        for item in engine.state.output:
+            if self._seen in self._shown:
+                self._images.append(torch.as_tensor(item["image"]).cpu())
+                self._reconstructions.append(torch.as_tensor(item["pred"]).cpu())
+            self._seen += 1
 
     def write(self, engine: Engine) -> None:
         """Write the picture."""
