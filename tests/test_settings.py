@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -16,6 +18,7 @@ from medgen.settings import (
     check_positive,
     check_whole,
     flag,
+    keep_freed_memory,
 )
 
 
@@ -112,3 +115,35 @@ def test_number_out_of_range_is_refused(value):
     check_between(0, 1, a=0, b=0.5, c=1)
     with pytest.raises(UserError, match=r"^beta0 must be a number from 0 to 1, got .*; set --beta0$"):
         check_between(0, 1, beta0=value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_stays_with_a_process_that_computes_on_the_cpu():
+    # in a process of its own: the allocator cannot be asked, and must not stay so for other tests
+    program = """
+import ctypes, re, sys
+from medgen.settings import keep_freed_memory
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if not hasattr(libc, "mallopt"):
+    sys.exit("no mallopt")
+def left_after_freeing():
+    size = 200_000_000
+    before = resident()
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    return resident() - before
+assert not keep_freed_memory("cuda")
+gone = left_after_freeing()
+assert keep_freed_memory("cpu")
+kept = left_after_freeing()
+print(gone, kept)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if "no mallopt" in done.stderr:
+        pytest.skip("another C library than glibc")
+    gone, kept = map(int, done.stdout.split())  # kilobytes
+    assert gone < 20_000
+    assert kept > 150_000

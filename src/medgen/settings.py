@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import inspect
 import json
@@ -162,3 +163,23 @@ def check_multiple(factor: int, **settings: int | Sequence[int]) -> None:
                 below = value // factor * factor
                 near = f"{below} or {below + factor}" if below else f"{factor}"
                 raise UserError(f"{name} must be a multiple of {factor}, got {value}; set --{name} to {near}")
+
+
+def keep_freed_memory(device: torch.device | str) -> bool:
+    """Let this process keep the memory that it frees, where it computes on the CPU under glibc.
+
+    glibc gives large blocks back to the system as they are freed and asks for them again in the next step, page by
+    page: half of the time of a projection in batches of 32 (``tests/benchmarks/bench_projection.py``). The process's
+    size stays at its peak.
+
+    Args:
+        device: that the network is on; on a GPU nothing changes.
+
+    Returns:
+        Whether it was set.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or torch.device(device).type != "cpu":
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))

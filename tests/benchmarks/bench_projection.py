@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from medgen.inferers import StyleGAN2Projector
 from medgen.networks import StyleGAN2Generator
+from medgen.settings import keep_freed_memory
 
 OFFICIAL_PROJECTION = 51.0  # image-steps/s
 PRESET, STEPS, FULL_STEPS, ROUNDS = "small_64", 10, 1000, 5
@@ -37,6 +38,7 @@ def run() -> list[tuple[str, float, str]]:
     Returns:
         (name, ratio, detail) per comparison.
     """
+    keep_freed_memory("cpu")  # as the bundle does
     torch.manual_seed(0)
     generator = StyleGAN2Generator.from_preset(PRESET).eval()
     images = F.avg_pool2d(torch.rand(max(BATCHES), 1, *generator.image_size), 5, 1, 2)

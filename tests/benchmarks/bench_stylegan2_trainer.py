@@ -19,6 +19,7 @@ from medgen.data.stream import ResumableDataLoader
 from medgen.engines import StyleGAN2Trainer, exponential_moving_copy, stylegan2_setting
 from medgen.losses import PathLengthRegulariser, lazy_adam_settings
 from medgen.networks import StyleGAN2Discriminator, StyleGAN2Generator
+from medgen.settings import keep_freed_memory
 from medgen.transforms import AdaptiveAugment
 
 ROUNDS = 5
@@ -141,6 +142,7 @@ def run() -> list[tuple[str, float, str]]:
     Returns:
         (name, ratio, detail) per comparison.
     """
+    keep_freed_memory("cpu")  # as the bundle does
     results = phases()
     if torch.cuda.is_available():
         results += [on_gpu(*settings) for settings in GPU_RUNS]

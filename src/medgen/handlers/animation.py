@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -87,7 +88,7 @@ def _encode_h264(buffer: io.BytesIO, frames: Iterable[np.ndarray], fps: float) -
         container.mux(stream.encode())
 
 
-class _Collector:
+class _Collector(ABC):
     """Keeps the images that an evaluator puts out, and writes them when it is done."""
 
     def attach(self, engine: Engine) -> None:
@@ -105,9 +106,9 @@ class _Collector:
         for item in engine.state.output:
             self._images.append((item["pred"].clamp(0, 1) * 255).round().to(torch.uint8).cpu())
 
+    @abstractmethod
     def write(self, engine: Engine) -> None:
         """Write them."""
-        raise NotImplementedError
 
 
 class AnimationWriter(_Collector):
