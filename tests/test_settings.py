@@ -18,7 +18,6 @@ from medgen.settings import (
     check_positive,
     check_whole,
     flag,
-    keep_freed_memory,
 )
 
 
