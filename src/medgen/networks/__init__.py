@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medgen.networks.autoencoder_kl import KLAutoencoder, PosteriorReconstruction
+from medgen.networks.autoencoder_kl import KLAutoencoder, PosteriorReconstruction, load_autoencoder
 from medgen.networks.stylegan2 import (
     STYLEGAN2_PRESETS,
     StyleGAN2Discriminator,
@@ -16,5 +16,6 @@ __all__ = [
     "PosteriorReconstruction",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
+    "load_autoencoder",
     "transfer_stylegan2",
 ]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-__all__ = ["KLAutoencoder", "PosteriorReconstruction"]
+from medgen.errors import UserError
+from medgen.weights import check_same_shapes, read_state_dict
+
+__all__ = ["KLAutoencoder", "PosteriorReconstruction", "load_autoencoder"]
 
 
 class KLAutoencoder(AutoencoderKL):
@@ -57,3 +62,26 @@ class PosteriorReconstruction(nn.Module):
         """
         mu, sigma = self.network.encode(x)
         return self.network.decode(mu + sigma * noise), mu, sigma
+
+
+def load_autoencoder(network: AutoencoderKL, path: str | Path) -> AutoencoderKL:
+    """The autoencoder under a latent diffusion model: trained weights, frozen, in evaluation mode.
+
+    Args:
+        network: the autoencoder, as it was trained.
+        path: file of its state dict, read with ``weights_only=True``.
+
+    Returns:
+        The same network.
+
+    Raises:
+        UserError: no such file, not a state dict, or of another architecture.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"no autoencoder at {path}; train the autoencoder bundle first and name its model.pt with --autoencoder_path"
+        )
+    state = read_state_dict(path)
+    check_same_shapes(f"the autoencoder {path}", network.state_dict(), state)
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)
