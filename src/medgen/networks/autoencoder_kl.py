@@ -79,7 +79,7 @@ def load_autoencoder(network: AutoencoderKL, path: str | Path) -> AutoencoderKL:
     """
     if not Path(path).is_file():
         raise UserError(
-            f"no autoencoder at {path}; train the autoencoder bundle first and name its model.pt with --autoencoder_path"
+            f"no autoencoder at {path}; train one first and name its model.pt with --autoencoder_path"
         )
     state = read_state_dict(path)
     check_same_shapes(f"the autoencoder {path}", network.state_dict(), state)
