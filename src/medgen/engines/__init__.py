@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medgen.engines.autoencoder import AutoencoderKLTrainer
+from medgen.engines.latent_diffusion import LatentDiffusionTrainer, warmup
 from medgen.engines.stylegan2 import (
     STYLEGAN2_TRAINING,
     StyleGAN2Trainer,
@@ -16,8 +17,10 @@ __all__ = [
     "STYLEGAN2_TRAINING",
     "AutoencoderKLTrainer",
     "GenerativeTrainer",
+    "LatentDiffusionTrainer",
     "StyleGAN2Trainer",
     "batch_per_process",
     "exponential_moving_copy",
     "stylegan2_setting",
+    "warmup",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from medgen.handlers.animation import AnimationWriter, GridWriter, check_animation_name, write_animation
 from medgen.handlers.anomaly import DetectionFigures, ScoresCSV, reconstruction_metrics
 from medgen.handlers.checkpoint import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
+from medgen.handlers.companions import ModelCompanions, check_trained_as
+from medgen.handlers.latents import LatentWriter
 from medgen.handlers.metrics import MetricsJSON
-from medgen.handlers.pictures import ReconstructionGrid, SampleGrid, save_grid
+from medgen.handlers.pictures import DiffusionGrid, ReconstructionGrid, SampleGrid, save_grid
 from medgen.handlers.progress import TrainingProgress, scalars
 from medgen.handlers.projection import ProjectionProgress, save_loss_curves
 from medgen.handlers.validation import ValidationAtIntervals
@@ -15,8 +17,11 @@ __all__ = [
     "AnimationWriter",
     "BestModelSaver",
     "DetectionFigures",
+    "DiffusionGrid",
     "GridWriter",
+    "LatentWriter",
     "MetricsJSON",
+    "ModelCompanions",
     "ProjectionProgress",
     "ReconstructionGrid",
     "SampleGrid",
@@ -27,6 +32,7 @@ __all__ = [
     "WeightsLoader",
     "atomic_save",
     "check_animation_name",
+    "check_trained_as",
     "reconstruction_metrics",
     "save_grid",
     "save_loss_curves",

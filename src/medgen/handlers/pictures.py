@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from medgen.inferers.generation import draw_latents
 from medgen.output import atomic_file
 
-__all__ = ["ReconstructionGrid", "SampleGrid", "save_grid"]
+__all__ = ["DiffusionGrid", "ReconstructionGrid", "SampleGrid", "save_grid"]
 
 
 def save_grid(rows: Sequence[torch.Tensor], path: str | Path, gap: int = 2) -> None:
@@ -148,3 +149,62 @@ class SampleGrid:
                 labels = (row * self.columns + torch.arange(self.columns, device=device)) % self.network.num_classes
             rows.append(self.network(z, labels=labels).float().cpu())
         save_grid([row / 2 + 0.5 for row in rows], self.folder / f"{self.name.format(images=engine.images_seen)}.png")
+
+
+class DiffusionGrid:
+    """Writes what a diffusion model makes of the same seeds and prompts all through a training, below training images.
+
+    Attach it to a trainer whose output has whitened latents under ``image``. Written every ``interval`` epochs and
+    after the last.
+
+    Args:
+        sampler: :class:`medgen.inferers.LatentDiffusionSampler`.
+        network: the denoising network: the moving average.
+        folder: where the PNGs go.
+        interval: epochs between pictures.
+        conditions: the sampler's arguments for the images, such as ``{"prompts": [...]}``: lists of which images take
+            their entries in turn.
+        name: file name without suffix; ``{epoch}`` is replaced.
+        rows: of generated images.
+        columns: images in a row.
+        seed: of the first image; the others follow.
+    """
+
+    def __init__(
+        self,
+        sampler: Callable[..., torch.Tensor],
+        network: nn.Module,
+        folder: str | Path,
+        interval: int = 1,
+        conditions: dict[str, Sequence[Any]] | None = None,
+        name: str = "samples_{epoch:04d}",
+        rows: int = 2,
+        columns: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.sampler, self.network, self.folder, self.interval = sampler, network, Path(folder), interval
+        self.conditions = {key: values for key, values in (conditions or {}).items() if values}
+        self.name, self.rows, self.columns, self.seed = name, rows, columns, seed
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer."""
+
+        def is_due(engine: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=is_due), self)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        """Write the picture."""
+        if idist.get_rank() > 0:
+            return
+        self.network.eval()
+        real = self.sampler.decode(engine.state.output[0]["image"][: self.columns]).cpu()
+        rows = [torch.cat([real, real.new_zeros((self.columns - len(real), *real.shape[1:]))])]
+        for row in range(self.rows):
+            places = range(row * self.columns, (row + 1) * self.columns)
+            given = {key: [values[place % len(values)] for place in places] for key, values in self.conditions.items()}
+            seeds = [self.seed + place for place in places]
+            rows.append(self.sampler(seeds, self.network, **given).cpu())
+        save_grid(rows, self.folder / f"{self.name.format(epoch=engine.state.epoch)}.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from medgen.losses.diffusion import DiffusionLoss
 from medgen.losses.kl import GaussianKLLoss
 from medgen.losses.perceptual import LocalLPIPS
 from medgen.losses.projection import (
@@ -20,6 +21,7 @@ from medgen.losses.stylegan2 import (
 )
 
 __all__ = [
+    "DiffusionLoss",
     "GaussianKLLoss",
     "LPIPSProjectionLoss",
     "LocalLPIPS",
