@@ -395,7 +395,7 @@ def make_jobs(source: Path, files: Iterable[str], names: Iterable[str] | None = 
 # the journal: one line of settings, then one line for each file that is finished
 
 
-def prepare_target(source: Path, target: Path, settings: Task, *, inside: bool = False) -> None:
+def prepare_target(source: Path, target: Path, settings: Task, *, inside: bool = False, folder: str = "images") -> None:
     """Make the target folder, or see that it was begun by the same command.
 
     Args:
@@ -403,13 +403,14 @@ def prepare_target(source: Path, target: Path, settings: Task, *, inside: bool =
         target: folder of the converted dataset.
         settings: what decides the pixels.
         inside: whether the target may lie inside the source, since a datalist and no listing says what is read.
+        folder: of the files written, below the target.
 
     Raises:
         UserError: if the target lies inside the source, cannot be written to, was made with other settings, or holds
             files that no such command made.
     """
     source, target = source.resolve(), target.resolve()
-    if (target.is_relative_to(source) and not inside) or source.is_relative_to(target / "images"):
+    if (target.is_relative_to(source) and not inside) or source.is_relative_to(target / folder):
         raise UserError(f"--target must lie outside of --source {source}, got {target}; choose another folder")
     journal = target / JOURNAL
     try:
@@ -419,7 +420,7 @@ def prepare_target(source: Path, target: Path, settings: Task, *, inside: bool =
         head = {"version": JOURNAL_VERSION, "source": str(source), **asdict(settings)}
         head = json.loads(json.dumps(head))
         if not journal.exists():
-            foreign = [name for name in ("images", "datalist.json") if (target / name).exists()]
+            foreign = [name for name in (folder, "datalist.json") if (target / name).exists()]
             if foreign:
                 raise UserError(
                     f"--target must be empty or begun by this command, got {target} with {' and '.join(foreign)} "
@@ -437,8 +438,8 @@ def prepare_target(source: Path, target: Path, settings: Task, *, inside: bool =
         told = ", ".join(f"{name} {_told(before.get(name))} (now {_told(head[name])})" for name in other)
         raise UserError(f"{target} was made with other settings: {told}; choose another --target or delete it")
     shutil.rmtree(target / PARTS, ignore_errors=True)
-    for folder in (target / PARTS, target / "images"):
-        folder.mkdir(exist_ok=True)
+    for made in (target / PARTS, target / folder):
+        made.mkdir(exist_ok=True)
 
 
 def _told(value: Any) -> str:

@@ -37,7 +37,8 @@ def test_phantom_help_lists_the_layouts_and_no_other():
     assert result.exit_code == 0
     assert "chest:" in result.stdout
     assert "chestxray14:" in result.stdout
-    assert "mimic" not in result.stdout
+    assert "mimic-cxr:" in "".join(result.stdout.split())  # lines break at the hyphen
+    assert "isic" not in result.stdout
 
 
 def test_help_of_phantom_imports_no_framework():
@@ -60,6 +61,8 @@ def test_help_of_phantom_imports_no_framework():
     [
         ("chest", "python -m preprocessing.images --source {out}/images --labels {out}/truth.csv"),
         ("chestxray14", "python -m preprocessing.chestxray14 --source {out}"),
+        ("mimic-cxr", "python -m preprocessing.mimic_cxr organise --source {out}"),
+        ("mimic_cxr", "python -m preprocessing.mimic_cxr organise --source {out}"),
     ],
 )
 def test_phantom_says_what_it_made_and_what_to_type_next(layout, next_command, tmp_path):
@@ -71,7 +74,8 @@ def test_phantom_says_what_it_made_and_what_to_type_next(layout, next_command, t
     )
 
     assert result.exit_code == 0, result.stderr
-    assert f"wrote 4 synthetic radiographs of 2 patients, 2 with findings: {out}" in result.stdout
+    noun = "studies" if "mimic" in layout else "radiographs"
+    assert f"wrote 4 synthetic {noun} of 2 patients, 2 with findings: {out}" in result.stdout
     assert next_command.format(out=out) + f" --target {out}-prepared --size 32" in result.stdout
     assert (out / "truth.csv").is_file()
 
@@ -85,7 +89,7 @@ def test_path_with_a_space_is_quoted_in_the_next_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["phantom", "nope", "OUT"], "error: layout must be one of chest, chestxray14, liver_ct, got 'nope'"),
+        (["phantom", "nope", "OUT"], "error: layout must be one of chest, chestxray14, liver_ct, mimic-cxr, "),
         (["phantom", "chest", "OUT", "--size", "7"], "error: size must be from 32 to 2048, got 7; change --size"),
         (["phantom", "chest", "FULL"], "error: OUT must be new or empty, got FULL"),
     ],

@@ -19,6 +19,7 @@ from medgen.errors import UserError
 
 __all__ = [
     "check_between",
+    "check_choice",
     "check_device",
     "check_labelled",
     "check_multiple",
@@ -127,6 +128,17 @@ def check_positive(**settings: float) -> None:
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{name} must be a number above 0, got {value!r}; set --{name}")
+
+
+def check_choice(choices: Sequence[str], **settings: str) -> None:
+    """See that settings are among what there is to choose from.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    for name, value in settings.items():
+        if value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}; set --{name}")
 
 
 def check_between(low: float, high: float, **settings: float) -> None:

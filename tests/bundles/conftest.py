@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from medgen.data import write_datalist
+from medgen.data.phantom.clip import write_clip
 
 SIDE = 64
 
@@ -54,7 +55,45 @@ def datalist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def workflow(datalist: Path) -> Callable[..., Any]:
+def ingredients(datalist: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], dict[str, str]]:
+    """Settings of what a bundle's training cannot begin without, beside a datalist; made on first use.
+
+    For a bundle with latents: an autoencoder (of random weights), the latents of the data, a text encoder, and samples.
+    """
+    import torch
+    from monai.bundle import ConfigParser, ConfigWorkflow
+
+    made: dict[Path, dict[str, str]] = {}
+
+    def of(bundle: Path) -> dict[str, str]:
+        if bundle in made:
+            return made[bundle]
+        encode = bundle / "configs" / "encode.json"
+        if not encode.is_file():
+            return made.setdefault(bundle, {})
+        folder = tmp_path_factory.mktemp("ingredients")
+        configs = [str(encode), str(bundle / "configs" / "demo.json")]
+        torch.manual_seed(0)
+        autoencoder = ConfigParser(ConfigParser.load_config_files(configs)).get_parsed_content("autoencoder_def")
+        torch.save(autoencoder.state_dict(), folder / "autoencoder.pt")
+        settings = {"autoencoder_path": str(folder / "autoencoder.pt"), "latents_dir": str(folder / "latents")}
+        options = {"bundle_root": str(bundle), "datalist": str(datalist), "num_workers": 0, **settings}
+        run = ConfigWorkflow(configs, logging_file=False, workflow_type="infer", **options)
+        run.initialize()
+        run.run()
+        write_clip(folder / "clip", width=32)
+        samples = {"training": [{"image": f"sample{n}.png", "patient": f"synthetic-{n}"} for n in range(4)]}
+        for number, item in enumerate(samples["training"]):
+            pixels = np.random.default_rng(number).integers(0, 255, (SIDE, SIDE), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / item["image"])
+        write_datalist(folder / "datalist.json", "samples", "X-ray", samples)
+        return made.setdefault(bundle, {**settings, "text_encoder": str(folder / "clip"), "samples_dir": str(folder)})
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def workflow(datalist: Path, ingredients: Callable[[Path], dict[str, str]]) -> Callable[..., Any]:
     """Factory of workflows: ``workflow(bundle, "train", output_dir, tracking=..., **overrides)``.
 
     Where the bundle has a demo overlay it is laid over the config: its network is small enough for a CPU.
@@ -64,7 +103,11 @@ def workflow(datalist: Path) -> Callable[..., Any]:
     def make(bundle: Path, config: str, output_dir: Path, tracking: Any = None, **overrides: Any) -> ConfigWorkflow:
         config_file = [str(bundle / "configs" / f"{config}.json"), str(bundle / "configs" / "demo.json")]
         ids = ConfigParser.load_config_files(config_file)
-        short = {"max_epochs": 2, "max_images": 8, "tick_images": 4, "steps": 2, "val_interval": 1}
+        needed = ingredients(bundle)
+        if "latents_dir" in needed and config != "train":
+            # a training puts it beside its model; here it may not have run
+            needed = {**needed, "scaling_path": f"{needed['latents_dir']}/scaling.json"}
+        short = {"max_epochs": 2, "max_images": 8, "tick_images": 4, "steps": 2, "val_interval": 1, "preview_steps": 2}
         settings = {
             "bundle_root": str(bundle),
             "datalist": str(datalist),
@@ -72,7 +115,7 @@ def workflow(datalist: Path) -> Callable[..., Any]:
             "model_path": str(output_dir / "models" / "model.pt"),
             "num_workers": 0,
             "batch_size": 2,
-            **{name: value for name, value in short.items() if name in ids},
+            **{name: value for name, value in {**short, **needed}.items() if name in ids},
             **overrides,
         }
         return ConfigWorkflow(

@@ -186,3 +186,65 @@ def test_missing_weights_are_named(make, weights):
 
     with pytest.raises(UserError, match=r"no weights at .*model\.pt; train the bundle first"):
         make().begin()
+
+
+def test_each_prompt_is_made_with_each_seed(make, tmp_path):
+    samples = make([7, 3], prompts=["Clear lungs.", "Grosse Herzschatten, Pleuraerguß."], num_classes=2)
+    samples.begin()
+    write(samples)
+    samples.finish()
+
+    assert [(item["name"], item["patient"], item["text"], item["label"]) for item in samples.items] == [
+        ("prompt0000_seed000007", "synthetic-0-7", "Clear lungs.", 1),
+        ("prompt0000_seed000003", "synthetic-0-3", "Clear lungs.", 1),
+        ("prompt0001_seed000007", "synthetic-1-7", "Grosse Herzschatten, Pleuraerguß.", 1),
+        ("prompt0001_seed000003", "synthetic-1-3", "Grosse Herzschatten, Pleuraerguß.", 1),
+    ]
+    items = load_datalist(tmp_path / "out" / "datalist.json", "training")
+    assert [item["text"] for item in items] == [item["text"] for item in samples.items]
+    assert json.loads((tmp_path / "out" / "generation.json").read_text())["prompts"] == samples.prompts
+    assert "prompts 2, model_sha256" in samples.provenance
+
+
+def test_a_single_prompt_leaves_the_names_as_they_are(make):
+    samples = make([42], prompts=["Small left effusion."])
+
+    assert samples.items == [
+        {"seed": 42, "name": "seed000042", "patient": "synthetic-42", "text": "Small left effusion."}
+    ]
+    assert "prompts 'Small left effusion.', model_sha256" in samples.provenance
+    assert "text" not in make([42]).items[0]
+
+
+@pytest.mark.parametrize(("before", "after"), [(["a"], ["b"]), (["a"], []), ([], ["a"]), (["a"], ["a", "b"])])
+def test_samples_of_other_prompts_are_not_resumed(make, before, after):
+    samples = make([1], prompts=before)
+    samples.begin()
+    write(samples)
+
+    with pytest.raises(UserError, match="were made with prompts"):
+        make([2], prompts=after, resume=True).begin()
+    make([2], prompts=before, resume=True).begin()
+
+
+def test_summary_says_how_many_where_and_how_fast(make, tmp_path):
+    samples = make([1, 2, 3])
+    samples.begin()
+    write(samples)
+    samples.finish()
+
+    assert f"3 images in {tmp_path / 'out' / 'samples'}, 3 of them new (" in samples.summary
+    assert " a second); datalist.json" in samples.summary
+    again = make([1, 2, 3], resume=True)
+    again.begin()
+    again.finish()
+    assert "0 of them new; datalist.json" in again.summary
+
+
+def test_sixteen_bits_are_for_callers_that_write_them(make):
+    samples = make([1], file_format="png16", formats=("png", "png16", "dicom"))
+
+    assert samples.suffix == ".png"
+    assert samples.record["file_format"] == "png16"
+    with pytest.raises(UserError, match="file_format must be png or dicom, got 'png16'"):
+        make([1], file_format="png16")

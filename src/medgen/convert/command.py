@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from medgen.convert.stylegan2 import ConvertedStyleGAN2
 
 __all__ = ["app"]
+
+SOURCE_SCALE = 0.3  # of the chest radiographs' latents, 1 / standard deviation (Warvito/generative_chestxray)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,6 +64,74 @@ def rosinality(
     _write(convert_rosinality(source, network), f"{network} of {source}", output, config)
 
 
+@app.command("latent-diffusion")
+def latent_diffusion(
+    source: Annotated[
+        Path, typer.Argument(help="AutoencoderKL or DiffusionModelUNet (.pth), or a model folder that MLflow logged.")
+    ],
+    output: Output,
+    network: Annotated[
+        str | None, typer.Option("--network", help="Key of the network in a checkpoint that holds several.")
+    ] = None,
+    num_head_channels: Annotated[
+        str | None,
+        typer.Option(
+            "--num_head_channels",
+            help="Width of the attention heads, for all levels or for each, such as 0,512,768.  [default: as the file "
+            "tells; for the source's network, one head a level]",
+        ),
+    ] = None,
+    norm_num_groups: Annotated[
+        int | None,
+        typer.Option(
+            "--norm_num_groups",
+            help="Groups of the normalisations.  [default: as the file tells; for the source's networks, 32]",
+        ),
+    ] = None,
+    autoencoder: Annotated[
+        Path | None,
+        typer.Option(
+            "--autoencoder", help="Converted autoencoder of a diffusion network: writes scaling.json beside --output."
+        ),
+    ] = None,
+    scale: Annotated[
+        float, typer.Option("--scale", help="With --autoencoder: what the diffusion network's latents were times.")
+    ] = SOURCE_SCALE,
+    config: Config = None,
+    force: Force = False,
+) -> None:
+    """Networks of monai-generative or MONAI to autoencoder.pt or model.pt and an overlay."""
+    config = _targets(output, config, force)
+    scaling = output.with_name("scaling.json")
+    if autoencoder is not None:
+        _check_target("the scaling", scaling, ".json", force)
+        if not autoencoder.is_file():
+            raise UserError(f"--autoencoder must be a converted autoencoder, got {autoencoder}, which is not there")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise UserError(f"--scale must be a number above 0, got {scale}")
+    heads = None
+    if num_head_channels is not None:
+        from medgen.inferers import parse_numbers
+
+        heads = parse_numbers(num_head_channels, "num_head_channels")
+    from medgen.convert.latent_diffusion import convert_latent_diffusion
+
+    converted = convert_latent_diffusion(source, network, heads, norm_num_groups)
+    if converted.is_autoencoder and autoencoder is not None:
+        raise UserError(f"--autoencoder belongs to a diffusion network, got it with {source}, an autoencoder itself")
+    _write_files(converted.state, converted.overlay, output, config)
+    name, levels = converted.network.__name__, "-".join(map(str, converted.settings["channels"]))
+    typer.echo(f"{source}, {levels} channels -> {output} for {name}, {config} with its settings")
+    if autoencoder is not None:
+        from medgen.data import LatentScaling
+        from medgen.data.image_set import file_sha256
+
+        LatentScaling((scale,), (0.0,), file_sha256(autoencoder)).write(scaling)
+        typer.echo(f"scale {scale:g} of the latents of {autoencoder} -> {scaling}")
+    elif not converted.is_autoencoder:
+        typer.echo("no scaling.json: convert the autoencoder, then this again with --autoencoder and --force")
+
+
 @app.command("to-stylegan2-ada")
 def to_stylegan2_ada(
     source: Annotated[Path, typer.Argument(help="State dict of a StyleGAN2 generator or discriminator (model.pt).")],
@@ -92,20 +164,23 @@ def _check_target(option: str, path: Path, suffix: str, force: bool) -> None:
 
 
 def _write(converted: ConvertedStyleGAN2, source: str, output: Path, config: Path) -> None:
-    import json
-
     from medgen.networks import StyleGAN2Generator
-    from medgen.output import atomic_write_text
 
     name = converted.network.__name__
     definition = "network_def" if converted.network is StyleGAN2Generator else "discriminator_def"
     overlay = {definition: {"_target_": f"medgen.networks.{name}", **converted.settings}}
-    _save_weights(converted.state, output)
+    _write_files(converted.state, overlay, output, config)
+    typer.echo(f"{source}, {converted.settings['image_size']} px -> {output} for {name}, {config} with its settings")
+
+
+def _write_files(state: Mapping[str, Any], overlay: Mapping[str, Any], output: Path, config: Path) -> None:
+    from medgen.output import atomic_write_text
+
+    _save_weights(state, output)
     try:
         atomic_write_text(config, json.dumps(overlay, indent=4) + "\n")
     except OSError as error:
         raise UserError(f"{config} cannot be written ({error.strerror or error}); choose another --config") from error
-    typer.echo(f"{source}, {converted.settings['image_size']} px -> {output} for {name}, {config} with its settings")
 
 
 def _save_weights(state: Mapping[str, Any], output: Path) -> None:

@@ -11,6 +11,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "conditions": ["as_text", "check_prompts", "load_prompts", "with_masks"],
         "datalist": [
             "datalist_hash",
             "items_from_folder",
@@ -22,10 +23,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "dicom_writer": ["pixel_affine", "read_source", "write_parametric_map", "write_secondary_capture"],
         "image_reader": ["MedicalImageReader"],
-        "image_set": ["ImageSet"],
+        "image_set": ["file_sha256", "ImageSet"],
+        "latents": ["estimate_scaling", "LatentScaling", "LatentStore", "load_latents"],
         "pending": ["pending_groups"],
         "reader": ["Frame", "read_frames", "UnreadableImageError"],
         "stream": ["derive_seed", "ResumableDataLoader"],
-        "synthetic_set": ["SyntheticSet"],
+        "synthetic_set": ["check_format", "SyntheticSet", "weights_sha256"],
     },
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,43 @@ from medgen.data.reader import read_frames
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
 
-__all__ = ["SyntheticSet"]
+__all__ = ["SyntheticSet", "check_format", "weights_sha256"]
 
-SUFFIXES = {"png": ".png", "dicom": ".dcm"}
+SUFFIXES = {"png": ".png", "png16": ".png", "dicom": ".dcm"}
+SHOWN_PROMPT = 200  # characters of a single prompt in the provenance, which a DICOM text of 1,024 must hold
+
+
+def check_format(file_format: str, formats: Sequence[str] = tuple(SUFFIXES)) -> None:
+    """See that a format is one of those that are written.
+
+    Raises:
+        UserError: it is not.
+    """
+    if file_format not in formats:
+        raise UserError(f"file_format must be {' or '.join(formats)}, got {file_format!r}; set --file_format png")
+
+
+def weights_sha256(model_path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file of weights.
+
+    Raises:
+        UserError: no weights.
+    """
+    if not Path(model_path).is_file():
+        raise UserError(f"no weights at {model_path}; train the bundle first, or name a file with --model_path")
+    return file_sha256(model_path)
 
 
 class SyntheticSet:
-    """Images generated from seeds, below ``output_dir``.
+    """Images generated from seeds, and from prompts, below ``output_dir``.
 
-    - ``samples/seed000042.png`` (or ``.dcm``), one for each seed, written by the caller;
+    - ``samples/seed000042.png`` (or ``.dcm``), one for each seed, written by the caller; with several prompts
+      ``samples/prompt0003_seed000042.png``, one for each seed of each prompt;
     - ``generation.json``, the settings that decide the pixels, since a folder holds images of one setting only, and
       the seeds of all runs in it;
-    - ``datalist.json``, each image a patient of its own (``synthetic-42``) with its seed, its class and the SHA-256 of
-      the generator's weights, so that metrics and trainings read the set like a real one; images of earlier runs in the
-      folder are among them;
+    - ``datalist.json``, each image a patient of its own (``synthetic-42``) with its seed, its class, its prompt as
+      ``text`` and the SHA-256 of the generator's weights, so that metrics and trainings read the set like a real one;
+      images of earlier runs in the folder are among them;
     - ``images/grid.png``, the first images.
 
     Args:
@@ -43,12 +67,14 @@ class SyntheticSet:
         num_classes: of the generator; 0 for none.
         class_index: class of all images. None: the classes in turn, by the seed (``seed % num_classes``), so that a
             seed means one image whatever range it is made in.
-        file_format: ``png`` or ``dicom``.
+        file_format: one of ``formats``.
         batch_size: images generated together; a resumed run makes the same batches again.
         resume: keep what is there and make the rest; False refuses a folder that holds samples.
         name: of the data set.
         modality: of the data set.
         grid_images: most images in the grid.
+        prompts: each is made with every seed; none for a network without.
+        formats: of ``file_format``, those that the caller writes; ``png16`` is a PNG of 16 bits.
 
     Raises:
         UserError: an unknown format, or a folder that holds samples already, or samples of other settings.
@@ -68,15 +94,16 @@ class SyntheticSet:
         name: str = "synthetic",
         modality: str = "unknown",
         grid_images: int = 64,
+        prompts: Sequence[str] = (),
+        formats: Sequence[str] = ("png", "dicom"),
     ) -> None:
-        if file_format not in SUFFIXES:
-            raise UserError(f"file_format must be {' or '.join(SUFFIXES)}, got {file_format!r}; set --file_format png")
+        check_format(file_format, formats)
         self.output_dir, self.model_path = Path(output_dir), Path(model_path)
         self.name, self.modality, self.grid_images = name, modality, grid_images
         self.suffix = SUFFIXES[file_format]
         self._settings = {**settings, "class_index": class_index, "file_format": file_format}
-        self.num_classes, self.class_index = num_classes, class_index
-        self.items = [self._item(seed) for seed in dict.fromkeys(seeds)]
+        self.num_classes, self.class_index, self.prompts = num_classes, class_index, list(prompts)
+        self.items = self._items(dict.fromkeys(seeds))
         there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         there = {file for file in there if file.endswith(tuple(SUFFIXES.values())) and not file.startswith(".")}
         if there and not resume:
@@ -85,10 +112,22 @@ class SyntheticSet:
                 "another --output_dir"
             )
         self._before = self._read_generation() if there else None
+        self._started = time.perf_counter()
         self.todo = pending_groups(self.items, lambda item: item["name"] + self.suffix in there, batch_size, resume)
 
-    def _item(self, seed: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"seed": seed, "name": f"seed{seed:06d}", "patient": f"synthetic-{seed}"}
+    def _items(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
+        """An item for each seed, prompt by prompt."""
+        if len(self.prompts) < 2:
+            text = {"text": self.prompts[0]} if self.prompts else {}
+            return [{**self._item(seed, f"seed{seed:06d}", f"{seed}"), **text} for seed in seeds]
+        return [
+            {**self._item(seed, f"prompt{index:04d}_seed{seed:06d}", f"{index}-{seed}"), "text": prompt}
+            for index, prompt in enumerate(self.prompts)
+            for seed in seeds
+        ]
+
+    def _item(self, seed: int, name: str, patient: str) -> dict[str, Any]:
+        item: dict[str, Any] = {"seed": seed, "name": name, "patient": f"synthetic-{patient}"}
         if self.num_classes:
             item["label"] = seed % self.num_classes if self.class_index is None else self.class_index
         return item
@@ -109,32 +148,40 @@ class SyntheticSet:
         return list(dict.fromkeys([*before, *(item["seed"] for item in self.items)]))
 
     @property
+    def summary(self) -> str:
+        """What was made, where, and how fast: once :meth:`finish` was called."""
+        new = len(self.todo)
+        speed = f" ({new / self._seconds:.2f} a second)" if new else ""
+        return (
+            f"{len(self.items)} images in {self.folder}, {new} of them new{speed}; datalist.json and images/grid.png "
+            "beside them"
+        )
+
+    @property
     def folder(self) -> Path:
         """Where the samples are."""
         return self.output_dir / "samples"
 
     @cached_property
     def model_sha256(self) -> str:
-        """SHA-256 of the weights.
-
-        Raises:
-            UserError: no weights.
-        """
-        if not self.model_path.is_file():
-            raise UserError(
-                f"no weights at {self.model_path}; train the bundle first, or name a file with --model_path"
-            )
-        return file_sha256(self.model_path)
+        """SHA-256 of the weights; see :func:`weights_sha256`."""
+        return weights_sha256(self.model_path)
 
     @property
     def record(self) -> dict[str, Any]:
         """All that decides the pixels of a seed's image."""
-        return {**self._settings, "model_sha256": self.model_sha256}
+        prompts = {"prompts": self.prompts} if self.prompts else {}
+        return {**self._settings, **prompts, "model_sha256": self.model_sha256}
 
     @property
     def provenance(self) -> str:
-        """The record as a text."""
-        return ", ".join(f"{key} {value}" for key, value in self.record.items())
+        """The record as a text; of several prompts their number."""
+        shown = self.record
+        if len(self.prompts) == 1:
+            shown["prompts"] = f"'{self.prompts[0]:.{SHOWN_PROMPT}}'"
+        elif self.prompts:
+            shown["prompts"] = len(self.prompts)
+        return ", ".join(f"{key} {value}" for key, value in shown.items())
 
     def begin(self) -> None:
         """Record the settings, or see that they are those of the samples that are there.
@@ -143,30 +190,33 @@ class SyntheticSet:
             UserError: no weights, or others, or other settings.
         """
         if self._before is not None:
-            for key, value in self.record.items():
-                if self._before.get(key) != value:
+            for key, value in {"prompts": [], **self.record}.items():
+                before = self._before.get(key, [] if key == "prompts" else None)
+                if before != value:
                     raise UserError(
-                        f"the samples in {self.folder} were made with {key} {self._before.get(key)}, this run has "
-                        f"{value}; resume with what they were made with, or choose another --output_dir"
+                        f"the samples in {self.folder} were made with {key} {before!s:.100}, this run has "
+                        f"{value!s:.100}; resume with what they were made with, or choose another --output_dir"
                     )
         generation = {**self.record, "seeds": self.seeds}
         atomic_write_text(self.output_dir / "generation.json", json.dumps(generation) + "\n")
+        self._started = time.perf_counter()
 
     def finish(self) -> None:
         """Write the datalist and the grid, once all samples are there.
 
         Seeds of an earlier run that was interrupted before it had made them are left out.
         """
+        self._seconds = time.perf_counter() - self._started
         items = []
-        for item in map(self._item, self.seeds):
+        for item in self._items(self.seeds):
             if not (self.folder / f"{item['name']}{self.suffix}").is_file():
                 continue
-            label = {"label": item["label"]} if "label" in item else {}
+            condition = {key: item[key] for key in ("label", "text") if key in item}
             items.append(
                 {
                     "image": f"samples/{item['name']}{self.suffix}",
                     "patient": item["patient"],
-                    **label,
+                    **condition,
                     "synthetic": True,
                     "seed": item["seed"],
                     "model_sha256": self.model_sha256,

@@ -11,6 +11,7 @@ from medgen.handlers.metrics import MetricsJSON
 from medgen.handlers.pictures import DiffusionGrid, ReconstructionGrid, SampleGrid, save_grid
 from medgen.handlers.progress import TrainingProgress, scalars
 from medgen.handlers.projection import ProjectionProgress, save_loss_curves
+from medgen.handlers.sample_metrics import SampleMetrics
 from medgen.handlers.validation import ValidationAtIntervals
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ProjectionProgress",
     "ReconstructionGrid",
     "SampleGrid",
+    "SampleMetrics",
     "ScoresCSV",
     "TrainingCheckpoint",
     "TrainingProgress",

@@ -28,7 +28,8 @@ class LatentWriter:
 
     def __init__(self, store: LatentStore, log_seconds: float = 10.0) -> None:
         self.store, self.log_seconds = store, log_seconds
-        self._started = self._shown = 0.0
+        self.bar: tqdm | None = None
+        self._done, self._started, self._shown = 0, 0.0, 0.0
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator whose batch has ``number`` and whose output has ``pred``, one entry an image."""
@@ -66,5 +67,6 @@ class LatentWriter:
 
     def fail(self, engine: Engine, error: BaseException) -> None:
         """Close the bar before the error is printed."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         raise error

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from medgen.inferers.autoencoder import AutoencoderKLInferer
+from medgen.inferers.denoising import DenoisingInferer, PosteriorEncoder
 from medgen.inferers.generation import GeneratorInferer, PrepareInputs, check_class, draw_latents, parse_numbers
+from medgen.inferers.latent_diffusion import LatentDiffusionSampler
 from medgen.inferers.latent_walk import LatentWalkInferer, StyleMixingInferer, mixing_cells, walk_positions
+from medgen.inferers.posterior import PosteriorInferer
 from medgen.inferers.projection import StyleGAN2Projector, latent_statistics
+from medgen.inferers.samplers import Sampler
 
 __all__ = [
     "AutoencoderKLInferer",
+    "DenoisingInferer",
     "GeneratorInferer",
+    "LatentDiffusionSampler",
     "LatentWalkInferer",
+    "PosteriorEncoder",
+    "PosteriorInferer",
     "PrepareInputs",
+    "Sampler",
     "StyleGAN2Projector",
     "StyleMixingInferer",
     "check_class",

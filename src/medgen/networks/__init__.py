@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medgen.networks.autoencoder_kl import KLAutoencoder, PosteriorReconstruction, load_autoencoder
+from medgen.networks.conditioning import CLIPTextConditioner, LabelConditioner, make_conditioner
 from medgen.networks.stylegan2 import (
     STYLEGAN2_PRESETS,
     StyleGAN2Discriminator,
@@ -12,10 +13,13 @@ from medgen.networks.stylegan2 import (
 
 __all__ = [
     "STYLEGAN2_PRESETS",
+    "CLIPTextConditioner",
     "KLAutoencoder",
+    "LabelConditioner",
     "PosteriorReconstruction",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
     "load_autoencoder",
+    "make_conditioner",
     "transfer_stylegan2",
 ]

@@ -78,9 +78,7 @@ def load_autoencoder(network: AutoencoderKL, path: str | Path) -> AutoencoderKL:
         UserError: no such file, not a state dict, or of another architecture.
     """
     if not Path(path).is_file():
-        raise UserError(
-            f"no autoencoder at {path}; train one first and name its model.pt with --autoencoder_path"
-        )
+        raise UserError(f"no autoencoder at {path}; train one first and name its model.pt with --autoencoder_path")
     state = read_state_dict(path)
     check_same_shapes(f"the autoencoder {path}", network.state_dict(), state)
     network.load_state_dict(state)

@@ -21,8 +21,10 @@ from medgen.transforms.anomaly import (
     pair_reconstructions,
 )
 from medgen.transforms.background import InBackground
+from medgen.transforms.captions import Captiond, RandCaptiond, RandDropLabeld
 from medgen.transforms.channels import EnsureChannels, EnsureChannelsd
 from medgen.transforms.check import CheckImage, CheckImaged
+from medgen.transforms.latents import AugmentedCopiesd, LoadLatentd, transform_digest
 from medgen.transforms.resize import ResizeShorterSide, ResizeShorterSided
 from medgen.transforms.save import SaveArray, SaveArrayd, SavePNG, SavePNGd
 from medgen.transforms.save_anomaly import SaveAnomalyDICOMd, SaveMapd, SaveOverlayd
@@ -35,6 +37,8 @@ __all__ = [
     "RISE_IMAGES_TRANSFER",
     "AdaptiveAugment",
     "AugmentController",
+    "AugmentedCopiesd",
+    "Captiond",
     "CheckImage",
     "CheckImaged",
     "EnsureChannels",
@@ -42,7 +46,10 @@ __all__ = [
     "FitAnomalyMaskd",
     "FitToReferenced",
     "InBackground",
+    "LoadLatentd",
     "ProjectionRecord",
+    "RandCaptiond",
+    "RandDropLabeld",
     "ResizeShorterSide",
     "ResizeShorterSided",
     "RestoreGridd",
@@ -63,4 +70,5 @@ __all__ = [
     "default_patch",
     "origin_of_reconstructions",
     "pair_reconstructions",
+    "transform_digest",
 ]

@@ -10,6 +10,7 @@ from medgen.data.phantom.abdomen import (
     AbdomenScan,
     AbdomenVolume,
 )
+from medgen.data.phantom.clip import write_clip
 from medgen.data.phantom.layouts import (
     LAYOUTS,
     CtStudy,
@@ -51,5 +52,6 @@ __all__ = [
     "draw_ct_studies",
     "draw_studies",
     "make_thorax",
+    "write_clip",
     "write_phantom",
 ]

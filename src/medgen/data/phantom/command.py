@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from medgen.data.phantom.clip import write_clip
 from medgen.data.phantom.layouts import LAYOUTS, PhantomSpec, write_phantom
 
 __all__ = ["app", "phantom"]
@@ -22,13 +23,21 @@ def phantom(
         str,
         typer.Argument(
             metavar="LAYOUT",
-            help="; ".join(f"{name}: {layout.summary}" for name, layout in LAYOUTS.items()),
+            help="; ".join(f"{name}: {layout.summary}" for name, layout in LAYOUTS.items())
+            + "; clip: no studies but a tiny CLIP text model with random weights (--width and --seed alone apply)",
             show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, new or empty.", show_default=False)],
     patients: Annotated[int, typer.Option(help="Number of patients.")] = _DEFAULT.patients,
-    images_per_patient: Annotated[int, typer.Option(help="Images of each.")] = _DEFAULT.images_per_patient,
+    images_per_patient: Annotated[
+        int | None,
+        typer.Option(
+            help="Images of each, of MIMIC-CXR studies; default: "
+            + ", ".join(f"{layout.images_per_patient} for {name}" for name, layout in LAYOUTS.items()),
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[
         int | None,
         typer.Option(
@@ -41,11 +50,21 @@ def phantom(
     anomaly_fraction: Annotated[
         float, typer.Option(help="Share of the images with findings, 0 to 1.")
     ] = _DEFAULT.anomaly_fraction,
+    width: Annotated[int, typer.Option(help="Width of the CLIP text model.")] = 32,
     force: Annotated[bool, typer.Option("--force", help="Replace phantoms made with other options.")] = False,
 ) -> None:
     """Write small synthetic studies, with masks and truth, in the layout of a public dataset."""
-    if size is None:  # of an unknown layout, which write_phantom refuses, any
-        size = LAYOUTS[layout].size if layout in LAYOUTS else _DEFAULT.size
-    spec = PhantomSpec(patients, images_per_patient, size, seed, anomaly_fraction)
+    if layout == "clip":
+        print(*write_clip(out, width=width, seed=seed, force=force), sep="\n")
+        return
+    layout = next((name for name in LAYOUTS if name.replace("-", "_") == layout.replace("-", "_")), layout)
+    default = LAYOUTS.get(layout, _DEFAULT)  # an unknown layout is refused by write_phantom
+    spec = PhantomSpec(
+        patients,
+        default.images_per_patient if images_per_patient is None else images_per_patient,
+        default.size if size is None else size,
+        seed,
+        anomaly_fraction,
+    )
     for line in write_phantom(layout, out, spec, force):
         print(line)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import hashlib
+import io
 import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,7 @@ from medgen.data.phantom.abdomen import (
     AbdomenScan,
     AbdomenVolume,
 )
+from medgen.data.phantom.reports import CHEXPERT, FORMS, write_report
 from medgen.data.phantom.thorax import (
     FIELD_OF_VIEW_CM,
     FINDINGS,
@@ -54,6 +59,24 @@ DATA_ENTRY_COLUMNS = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
 )
+MIMIC_METADATA, MIMIC_CHEXPERT, MIMIC_SPLIT = (
+    f"mimic-cxr-2.0.0-{table}.csv.gz" for table in ("metadata", "chexpert", "split")
+)
+MIMIC_METADATA_COLUMNS = (
+    *("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns"),
+    *("StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning"),
+    "PatientOrientationCodeSequence_CodeMeaning",
+)
+MIMIC_TRUTH_COLUMNS = (
+    *("file", "patient", "study", "sex", "age", "view", "labels", "report", "findings", "impression"),
+    *("lung_mask", "anomaly_mask"),
+)
+MIMIC_SPLITS = {"validate": 0.1, "test": 0.1}  # of the patients; the rest is train
+LATERAL_EVERY = 2  # of the erect radiographs come with a lateral one
+UNNAMED_EVERY = 8  # of the radiographs have no ViewPosition in the table, as some of MIMIC-CXR's
+LATERAL_WIDTH = 0.75  # of the frontal radiograph's
+SIDE_MARGIN = 0.08  # of the image's width: what lies nearer to its middle is on neither side
+SIDED = ("Nodule", "Mass", "Consolidation", "Effusion", "Pneumothorax")
 
 # Stored values of the DICOM files. The film's black and white are not the ends of the 12 bits, so that a reader which
 # ignores the window, or applies it before inverting MONOCHROME1, gives a visibly wrong image.
@@ -62,7 +85,11 @@ STORED_BLACK, STORED_WHITE = 248, 3848
 STUDY_DATE = "20200101"
 DX_STORAGE = "1.2.840.10008.5.1.4.1.1.1.1"  # Digital X-Ray Image Storage - For Presentation
 CR_STORAGE = "1.2.840.10008.5.1.4.1.1.1"
-VIEW_CODES = {"PA": ("272479007", "postero-anterior"), "AP": ("399348003", "antero-posterior")}  # DICOM CID 4010
+VIEW_CODES = {  # DICOM CID 4010
+    "PA": ("272479007", "postero-anterior"),
+    "AP": ("399348003", "antero-posterior"),
+    "LATERAL": ("399067008", "lateral"),
+}
 CHEST_CODE = ("816094009", "Chest")  # DICOM CID 4031
 CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 RESCALE_INTERCEPT = -1024  # HU of stored value 0, as most scanners have it
@@ -214,6 +241,7 @@ class Layout:
         noun: what one study is called, in the plural.
         masks: where its masks are, below the output folder.
         size: height and width in pixels, unless the user says otherwise.
+        images_per_patient: radiographs or scans of each patient, unless the user says otherwise.
     """
 
     summary: str
@@ -223,6 +251,7 @@ class Layout:
     noun: str = "synthetic radiographs"
     masks: str = "masks of lungs and anomalies: {out}/masks"
     size: int = PhantomSpec.size
+    images_per_patient: int = PhantomSpec.images_per_patient
 
 
 def _write_chest(out: Path, spec: PhantomSpec, studies: Iterable[Study]) -> str:
@@ -310,6 +339,119 @@ def _write_liver_ct(out: Path, spec: PhantomSpec, studies: Iterable[CtStudy]) ->
     )
 
 
+def _write_mimic_cxr(out: Path, spec: PhantomSpec, studies: Iterable[Study], dicom: bool = False) -> str:
+    """``files/p10/p10000032/s50414267/<dicom_id>.jpg`` with the reports beside the studies, and the official tables.
+
+    A study is a frontal radiograph with its report; some have a lateral one too, or no view in the table.
+    """
+    metadata, chexpert, split, truth = [], [], [], []
+    part = _mimic_splits(spec)
+    forms = list(FORMS)
+    for number, study in enumerate(studies):
+        image = study.phantom.render(spec.size, study.findings)
+        subject, study_id = _mimic_numbers(spec, study)
+        folder = f"files/p{subject[:2]}/p{subject}/s{study_id}"
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        view = study.phantom.acquisition.view
+        views = [view] + ["LATERAL"] * (view == "PA" and number % LATERAL_EVERY == 0)
+        named = number % UNNAMED_EVERY != UNNAMED_EVERY - 1
+        for shown in views:
+            name = _mimic_dicom_id(spec, study, shown)
+            pixels = image if shown == view else _lateral(image)
+            path = out / folder / f"{name}.{'dcm' if dicom else 'jpg'}"
+            if dicom:
+                _save_mimic_dicom(path, study, pixels, spec, subject, shown)
+            else:
+                Image.fromarray(np.rint(pixels.image * 255).astype(np.uint8)).save(path, quality=95)
+            step = f"CHEST ({'PORTABLE AP' if view == 'AP' else 'PA AND LAT' if len(views) > 1 else 'SINGLE VIEW'})"
+            described = (step, shown if named else "", *pixels.image.shape)
+            when = (f"{2110 + study.follow_up % 90}0{1 + study.patient % 9}12", f"12{study.follow_up % 60:02d}14.531")
+            orientation = "Recumbent" if view == "AP" else "Erect"
+            coded = (step, VIEW_CODES[shown][1] if named else "", orientation)
+            metadata.append((name, subject, study_id, *described, *when, *coded))
+            split.append((name, study_id, subject, part[study.patient]))
+        rng = np.random.default_rng([spec.seed, 7, study.patient, study.follow_up])
+        said = [(finding.label, _side(study, finding)) for finding in study.findings]
+        form = forms[number % len(forms)]
+        report = write_report(form, said, view, study.phantom.anatomy.sex, study.follow_up > 0, rng)
+        if report.data is not None:
+            (out / f"{folder}.txt").write_bytes(report.data)
+        if report.labels is not None:
+            chexpert.append((subject, study_id, *(report.labels.get(column, "") for column in CHEXPERT)))
+        masks = _save_masks(out, f"s{study_id}", image, "png")
+        sex, age, _, labels = _truth(study)
+        file = f"{folder}/{_mimic_dicom_id(spec, study, view)}.{'dcm' if dicom else 'jpg'}"
+        written = (report.form, report.findings, report.impression)
+        truth.append((file, subject, study_id, sex, age, view, labels, *written, *masks))
+    _save_zipped_csv(out / MIMIC_METADATA, MIMIC_METADATA_COLUMNS, metadata)
+    _save_zipped_csv(out / MIMIC_CHEXPERT, ("subject_id", "study_id", *CHEXPERT), chexpert)
+    _save_zipped_csv(out / MIMIC_SPLIT, ("dicom_id", "study_id", "subject_id", "split"), split)
+    _save_csv(out / "truth.csv", MIMIC_TRUTH_COLUMNS, truth)
+    first = _command("preprocessing.mimic_cxr", "organise", source=out, target=_sibling(out), size=spec.size)
+    return f"{first}; then create_ids, sections and sentences with the same --source and --target"
+
+
+def _mimic_splits(spec: PhantomSpec) -> list[str]:
+    """MIMIC's name of the split of each patient; with three patients or more, none is empty."""
+    order = np.random.default_rng([spec.seed, 8]).permutation(spec.patients)
+    part = ["train"] * spec.patients
+    start = 0
+    for name, share in MIMIC_SPLITS.items():
+        count = max(round(share * spec.patients), spec.patients > 2)
+        for patient in order[start : start + count]:
+            part[patient] = name
+        start += count
+    return part
+
+
+def _mimic_numbers(spec: PhantomSpec, study: Study) -> tuple[str, str]:
+    """Numbers of patient (1xxxxxxx) and study (5xxxxxxx), scattered as the official ones are, and never twice."""
+    space = 10_000_000
+    index = study.patient * spec.images_per_patient + study.follow_up
+    start = spec.seed * 1_000_003
+    # the factors are coprime to the space, so that no two indices meet
+    subject = space + (start + study.patient * 6_180_339) % space
+    return str(subject), str(5 * space + (start + index * 3_819_661) % space)
+
+
+def _mimic_dicom_id(spec: PhantomSpec, study: Study, view: str) -> str:
+    digest = hashlib.sha256(f"{spec!r} {study.patient} {study.follow_up} {view}".encode()).hexdigest()
+    return "-".join(digest[start : start + 8] for start in range(0, 40, 8))
+
+
+def _lateral(image: ThoraxImage) -> ThoraxImage:
+    """A stand-in of another shape: the phantom knows no lateral projection, and readers of PA images leave it out."""
+    height, width = image.image.shape
+    narrow = Image.fromarray(image.image).resize((round(LATERAL_WIDTH * width), height), Image.Resampling.BICUBIC)
+    empty = np.zeros((height, narrow.width), bool)
+    return ThoraxImage(np.clip(np.asarray(narrow), 0, 1), empty, empty, image.labels)
+
+
+def _side(study: Study, finding: Finding) -> str:
+    """The patient's side that a finding lies on, as it is seen; empty for one in the middle, or on both."""
+    if finding.label not in SIDED:
+        return ""
+    mask = study.phantom.render(MIN_SIZE, [finding]).anomaly_mask
+    if not mask.any():
+        return ""
+    middle = (np.nonzero(mask)[1].mean() + 0.5) / mask.shape[1] - 0.5
+    return "" if abs(middle) < SIDE_MARGIN else "left" if middle > 0 else "right"
+
+
+def _save_mimic_dicom(path: Path, study: Study, image: ThoraxImage, spec: PhantomSpec, subject: str, view: str) -> None:
+    dataset = _dicom(study, image, spec, inverted=study.patient % 2 == 1, rle=False)
+    dataset.PatientID = subject
+    if view == "LATERAL":
+        dataset.ViewPosition = "LL"
+        code = dataset.ViewCodeSequence[0]
+        code.CodeValue, code.CodeMeaning = VIEW_CODES[view]
+        dataset.SOPInstanceUID = _uids(spec)("lateral", study.patient, study.follow_up)
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+        dataset.InstanceNumber = 2
+    dataset.save_as(path, enforce_file_format=True)
+
+
+_MIMIC_ENTRIES = ("files", "masks", "truth.csv", MIMIC_METADATA, MIMIC_CHEXPERT, MIMIC_SPLIT)
 LAYOUTS: dict[str, Layout] = {
     "chest": Layout("radiographs as a DICOM tree", ("images", "masks", "truth.csv"), _write_chest),
     "chestxray14": Layout(
@@ -325,6 +467,20 @@ LAYOUTS: dict[str, Layout] = {
         noun="synthetic CT scans",
         masks="masks of livers: {out}/labels, of anomalies: {out}/anomalies",
         size=128,
+    ),
+    "mimic-cxr": Layout(
+        "MIMIC-CXR-JPG: JPEG, reports in all their forms, and the official tables",
+        _MIMIC_ENTRIES,
+        _write_mimic_cxr,
+        noun="synthetic studies",
+        images_per_patient=2,
+    ),
+    "mimic-cxr-dicom": Layout(
+        "the same with the radiographs as DICOM",
+        _MIMIC_ENTRIES,
+        partial(_write_mimic_cxr, dicom=True),
+        noun="synthetic studies",
+        images_per_patient=2,
     ),
 }
 
@@ -414,10 +570,20 @@ def _save_masks(out: Path, stem: str, image: ThoraxImage, suffix: str) -> tuple[
 
 
 def _save_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    path.write_bytes(_csv(header, rows))
+
+
+def _save_zipped_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    # without the time, so that the same table is the same file
+    path.write_bytes(gzip.compress(_csv(header, rows), mtime=0))
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return table.getvalue().encode()
 
 
 def _spacing_mm(size: int) -> float:
@@ -429,8 +595,9 @@ def _sibling(out: Path) -> Path:
     return out.with_name(f"{out.resolve().name}-prepared")
 
 
-def _command(module: str, **options: object) -> str:
-    return shlex.join(["python", "-m", module, *(part for k, v in options.items() for part in (f"--{k}", str(v)))])
+def _command(module: str, *arguments: str, **options: object) -> str:
+    given = [part for k, v in options.items() for part in (f"--{k}", str(v))]
+    return shlex.join(["python", "-m", module, *arguments, *given])
 
 
 def _save_nifti(path: Path, voxels: np.ndarray, volume: AbdomenVolume, axes: str) -> None:
