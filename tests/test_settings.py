@@ -11,6 +11,7 @@ import pytest
 from medgen.errors import UserError
 from medgen.settings import (
     check_between,
+    check_choice,
     check_device,
     check_labelled,
     check_multiple,
@@ -114,6 +115,12 @@ def test_number_out_of_range_is_refused(value):
     check_between(0, 1, a=0, b=0.5, c=1)
     with pytest.raises(UserError, match=r"^beta0 must be a number from 0 to 1, got .*; set --beta0$"):
         check_between(0, 1, beta0=value)
+
+
+def test_setting_that_is_no_choice_is_refused_with_the_choices():
+    check_choice(["a", "b"], kind="a")
+    with pytest.raises(UserError, match="kind must be one of a, b, got 'c'; set --kind"):
+        check_choice(["a", "b"], kind="c")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

@@ -41,6 +41,8 @@ disable_usage_reports()
 CHECKSUMS = "checksums.json"
 # a bundle folder also holds outputs, checkpoints and perhaps images of patients: only these are ever registered
 BUNDLE_PARTS = ("LICENSE", "configs", "docs", "models/model.pt")
+# what a training puts beside weights that are of no use alone (medgen.handlers.ModelCompanions)
+COMPANIONS = ("models/autoencoder.pt", "models/scaling.json", "models/trained_as.json")
 REQUIRED_FILES = ("LICENSE", "configs/metadata.json", "configs/inference.json", "models/model.pt")
 DESCRIPTION_LENGTH = 5000  # characters of a description column in MLflow's database
 SHOWN_METRICS = 4
@@ -83,8 +85,9 @@ def register_bundle(
 ) -> int:
     """Register a bundle folder as a new version of an MLflow model.
 
-    ``LICENSE``, ``configs``, ``docs`` and ``models/model.pt`` travel as they are, with a list of checksums; the model
-    itself runs ``network_def`` on one tensor. Weights and configs are checked before anything is written.
+    ``LICENSE``, ``configs``, ``docs`` and ``models/model.pt`` travel as they are, with a list of checksums, and so does
+    what a training of latent diffusion leaves beside its weights; the model itself runs ``network_def`` on one tensor.
+    Weights and configs are checked before anything is written.
 
     Args:
         bundle: the bundle folder; its name names the MLflow experiment.
@@ -246,7 +249,10 @@ def _read_metrics(path: str | Path | None) -> tuple[dict[str, float], dict[str, 
 
 def _stage(root: Path, staged: Path, overlays: Sequence[str | Path], weights: str | Path | None = None) -> None:
     """Copy what belongs to a bundle, and make its configs those of the overlays."""
-    elsewhere = {"models/model.pt": Path(weights)} if weights is not None else {}
+    elsewhere = {}
+    if weights is not None:
+        elsewhere = {name: Path(weights).with_name(Path(name).name) for name in COMPANIONS}
+        elsewhere["models/model.pt"] = Path(weights)
     for name in REQUIRED_FILES:
         if not elsewhere.get(name, root / name).is_file():
             todo = (
@@ -255,7 +261,7 @@ def _stage(root: Path, staged: Path, overlays: Sequence[str | Path], weights: st
                 else ("name a bundle folder")
             )
             raise UserError(f"no {elsewhere[name]}; {todo}" if name in elsewhere else f"no {name} in {root}; {todo}")
-    for name in BUNDLE_PARTS:
+    for name in (*BUNDLE_PARTS, *COMPANIONS):
         source, copy = elsewhere.get(name, root / name), staged / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():

@@ -27,6 +27,7 @@ from running import (
 
 from medgen.data.image_set import file_sha256
 from medgen.networks import KLAutoencoder
+from medgen.registry import pull, register_bundle
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "cxr_latent_diffusion"
 TRAIN = ["configs/train.json", "configs/demo.json"]
@@ -202,6 +203,20 @@ def test_settings_that_change_on_resume_are_refused_but_the_length_may_change(tr
     assert_one_line(caught.value, r"made with prediction_type v_prediction, this run has epsilon")
     run(train(tmp_path / "out", resume=True, max_epochs=3))
     assert state(tmp_path / "out")["images_seen"] == 12
+
+
+@pytest.mark.slow(reason="trains, registers with MLflow, pulls, and samples")
+def test_registered_model_samples_where_it_is_pulled_without_its_overlays(train, tmp_path):
+    run(train(tmp_path, "unconditional.json", max_epochs=1))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    overlays = [BUNDLE / "configs" / name for name in ("demo.json", "unconditional.json")]
+    weights = tmp_path / "models" / "model.pt"
+    version = register_bundle(BUNDLE, "diffusion", uri, overlays=overlays, weights=weights)
+    pulled = pull(f"models:/diffusion/{version}", tmp_path / "pulled", uri)
+    settings = {"bundle_root": str(pulled), "output_dir": str(tmp_path / "out"), "seeds": "0-2", "num_steps": 2}
+    config = str(pulled / "configs" / "inference.json")
+    run(ConfigWorkflow(config, logging_file=False, workflow_type="infer", num_workers=0, **settings))
+    assert len(list((tmp_path / "out" / "samples").glob("*.png"))) == 3
 
 
 def test_weights_are_sampled_only_as_they_were_trained(prepared, train, tmp_path):
