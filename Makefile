@@ -17,6 +17,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 # make demo DATALIST=... DATASET_DIR=... runs it on your images; BUNDLE=... runs another bundle's
 BUNDLE ?= cxr_autoencoder_kl
 demo: $(VENV)/.installed
+	@test -x bundles/$(BUNDLE)/demo.sh || { echo "no bundle $(BUNDLE) with a demo; there are: $(patsubst bundles/%/demo.sh,%,$(wildcard bundles/*/demo.sh))" >&2; exit 1; }
 	PYTHON=$(PY) OUT="$(OUT)" DATALIST="$(DATALIST)" DATASET_DIR="$(DATASET_DIR)" bundles/$(BUNDLE)/demo.sh
 
 test: $(VENV)/.installed

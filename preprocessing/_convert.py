@@ -484,10 +484,11 @@ def _holds(outcome: Outcome, path: str, target: Path) -> bool:
 
 
 def _finished(jobs: Sequence[Job], target: Path) -> dict[str, Outcome]:
-    """Outcomes of an earlier run that still hold; PNGs of those that do not are removed, the journal is tidied."""
+    """Outcomes of an earlier run that still hold; what the others wrote is removed, the journal is tidied."""
     by_file = {job.file: job for job in jobs}
     kept: dict[str, tuple[Outcome, str]] = {}
     stale: set[str] = set()
+    gone: set[str] = set()
     with open(target / JOURNAL, encoding="utf-8") as file:
         head = file.readline()
         for line in file:
@@ -500,11 +501,16 @@ def _finished(jobs: Sequence[Job], target: Path) -> dict[str, Outcome]:
             job = by_file.get(outcome.file)
             if job is not None and job.stem == stem and _holds(outcome, job.path, target):
                 kept[outcome.file] = outcome, line
-            elif job is not None:
+            else:
                 stale.update(outcome.images)
-    # a changed file may have fewer frames now: what it left must not be taken for an image of the dataset
+                if job is None and outcome.images:
+                    gone.add(outcome.file)
+    # a source may be gone, or have fewer frames now: what it left must not be taken for an image of the dataset
     for image in stale.difference(*(outcome.images for outcome, _ in kept.values())):
-        (target / image).unlink(missing_ok=True)
+        if not Path(image).is_absolute() and ".." not in Path(image).parts:  # a target may come from elsewhere
+            (target / image).unlink(missing_ok=True)
+    if gone:
+        print(f"note: removed the results of files that are not asked for any more: {len(gone)}", file=sys.stderr)
     atomic_write_text(target / JOURNAL, head + "".join(line for _, line in kept.values()))
     return {file: outcome for file, (outcome, _) in kept.items()}
 

@@ -27,8 +27,8 @@ Everything else is kept, the odd too: unknown names in capitals are sections (``
 findings), ``PFI`` is history, and a report of one paragraph without a header has no caption. De-identification blanks
 (``___``) stay as they are.
 
-MIT-LCP's overrides, 23 studies by section and 31 by range, are in their repository; :func:`read_overrides` reads such
-tables from a file.
+MIT-LCP's overrides, 23 studies by section and 31 by range, are in their repository (mimic-cxr/txt/section_parser.py);
+:func:`read_overrides` reads such tables from a file.
 """
 
 from __future__ import annotations

@@ -259,26 +259,47 @@ _PLACES = (
 )
 
 
+# ends a clause: what is denied before does not concern what follows
+_CONTRAST = re.compile(r";|\b(?:but|however|although|though|now)\b")
+# denies what follows it in its clause; "no interval change in" and "not significantly changed" deny nothing
+_DENIAL = re.compile(
+    r"\b(?:(?:no|not|without)(?!(?: [a-z]+){0,2} chang(?:e|es|ed)\b)|nor|neither|never|cannot|den(?:ies|ied)|"
+    r"negative for|(?:free|clear|clearing|absence|instead) of|rather than|rules? out|ruled out|"
+    r"exclud(?:e|es|ed|ing))\b"
+)
+# what the whole clause speaks of is over
+_RESOLVED = re.compile(r"\b(?:resol(?:ved|ution)|cleared|no longer|previously|formerly)\b")
+
+
+def _affirmed(report: str) -> Iterator[str]:
+    """The parts of a report that say what is there, in lower case: each clause until it denies something."""
+    for sentence in RuleSplitter()(report):
+        for clause in _CONTRAST.split(sentence.lower()):
+            if not _RESOLVED.search(clause):
+                yield _DENIAL.split(clause, maxsplit=1)[0]
+
+
 def label_sentences(labels: Mapping[str, Any], report: str = "") -> list[str]:
     """Template sentences for the findings that a CheXpert table marks as present.
 
     Args:
         labels: value per column of ``mimic-cxr-2.0.0-chexpert.csv``: 1.0 present, 0.0 absent, -1.0 uncertain, empty
             not mentioned. Other columns are left alone.
-        report: findings and impression; a degree that stands before a finding there, in whatever case, and is not
-            denied, adds sentences with it.
+        report: findings and impression; a degree that stands before a finding there, in whatever case, adds sentences
+            with it, unless its clause denies or resolves it.
 
     Returns:
         Two lower-case sentences per finding that is 1.0 and per its degrees, in the order of :data:`LABELS`.
     """
-    report = flatten(report).lower()
+    said = list(_affirmed(report))
     sentences = []
     for label, (article, finding, pattern) in LABELS.items():
         if not _is_present(labels.get(label)):
             continue
         sentences += _both_forms(finding, article)
         for degree in DEGREES if pattern else ():
-            if re.search(rf"(?<!\bno )(?<!\bwithout )\b{degree}(?:ly)?[ -]+{_PLACES}(?:{pattern})\b", report):
+            present = re.compile(rf"\b{degree}(?:ly)?[ -]+{_PLACES}(?:{pattern})\b")
+            if any(present.search(clause) for clause in said):
                 sentences += _both_forms(f"{degree} {finding}", "a")
     return sentences
 

@@ -12,19 +12,24 @@ organise makes TARGET/images/p10/p10000032/s50414267/ID.png of every JPEG or DIC
 
 create_ids picks images by their view in mimic-cxr-2.0.0-metadata.csv, splits them by patient and writes
 TARGET/datalist.json: image, patient, study, view and, with mimic-cxr-2.0.0-chexpert.csv, labels (what is certainly
-there; [] for "No Finding"). The tables may end in .gz.
+there; [] for "No Finding"). The tables may end in .gz. All images of the table with the view are split, organised or
+not, so that a patient stays where they are when more are organised. For a model conditioned on labels, --label
+"Pleural Effusion" adds label: 1 where the finding is present, 0 where it is absent or the study has "No Finding"; other
+images are left out.
 
-sections cuts every report, files/p10/p10000032/s50414267.txt or a member of mimic-cxr-reports.zip, into its sections:
-TARGET/sections/files/p10/p10000032/s50414267.json, and two tables of all, mimic_cxr_sectioned.csv (study, impression,
-findings, last_paragraph, comparison) and mimic_cxr_sections.csv (study, the one text that describes the image best).
+sections cuts every report, files/p10/p10000032/s50414267.txt or, where there is no such file, a member of
+mimic-cxr-reports.zip, into its sections: TARGET/sections/files/p10/p10000032/s50414267.json, and two tables of all,
+mimic_cxr_sectioned.csv (study, impression, findings, last_paragraph, comparison) and mimic_cxr_sections.csv (study, the
+one text that describes the image best).
 
 sentences cuts findings and impression, or where there are none the last paragraph, into sentences,
 TARGET/sentences/files/p10/p10000032/s50414267.json, and adds to each item of the datalist sentences and text. An image
 without a usable report stays there, with [] and "".
 
 What could not be used, or only in part, has a row in TARGET/rejected.csv that begins with the name of the step. The
-same command again goes on where it was interrupted, and does what is new or has changed. The last two steps start anew
-when TARGET/sections or TARGET/sentences is deleted; create_ids, when TARGET/datalist.json is.
+same command again goes on where it was interrupted, does what is new or has changed, and removes what came of a file
+that is gone. The last two steps start anew when TARGET/sections or TARGET/sentences is deleted; create_ids, when
+TARGET/datalist.json is.
 
 Exit codes: 0 all went well; 3 the step is finished, but files were rejected; 1 nothing could be written; 2 wrong usage;
 130 interrupted.
@@ -45,7 +50,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -78,6 +83,8 @@ FINDINGS = (  # the columns of mimic-cxr-2.0.0-chexpert.csv, in its order, but f
     "Lung Opacity", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices",
 )
 # fmt: on
+
+NO_FINDING = "No Finding"  # no finding of the table but support devices, says the labeller
 
 NAME, MODALITY = "MIMIC-CXR", "X-ray"
 # what each step writes below the target
@@ -160,11 +167,33 @@ def _why(target: Path, rejected: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
+class _JpegJob(c.Job):
+    """A JPEG, and the DICOM file of the same image; "" where there is none."""
+
+    dicom: str = ""
+
+
+@dataclass(frozen=True)
 class _Images(c.Settings):
     """The task of the step organise."""
 
     def convert(self, job: c.Job, target: Path) -> c.Outcome:
-        """One file to a PNG; a large grey JPEG is decoded at a fraction of its size, which takes a third of the time.
+        """One image to a PNG; where its JPEG cannot be used, its DICOM file is."""
+        if not isinstance(job, _JpegJob):
+            return self._to_png(job, target)
+        outcome = c.convert_file(c.Job(job.path, job.file, job.stem), self, str(target))
+        if outcome.images:
+            return outcome
+        if not job.dicom:
+            return replace(outcome, final=False)  # one may arrive
+        second = c.convert_file(c.Job(job.dicom, job.file, job.stem), self, str(target))
+        reason = "its DICOM file was used" if second.images else f"its DICOM file: {second.reason}"
+        used = ((job.dicom, *(second.key or (None, None))),)
+        final = outcome.final and second.final
+        return replace(second, reason=f"{outcome.reason}; {reason}", final=final, used=used)
+
+    def _to_png(self, job: c.Job, target: Path) -> c.Outcome:
+        """One file; a large grey JPEG is decoded at a fraction of its size, which takes a third of the time.
 
         Against decoding all of it, radiographs of 2544² pixels at 512² differ by 0.1 of 255 in the mean, 3 at most.
         """
@@ -185,7 +214,8 @@ class _Images(c.Settings):
 def organise(source: c.Source, target: c.Target, size: c.Size = 512, workers: c.Workers = c.DEFAULT_WORKERS) -> int:
     """Every JPEG and DICOM file of the studies to a grey PNG whose shorter side is --size.
 
-    Where a study has an image as JPEG and as DICOM, the JPEG is taken: it is what MIMIC-CXR-JPG's tables describe.
+    Where a study has an image as JPEG and as DICOM, the JPEG is taken, as MIMIC-CXR-JPG's tables describe it, and the
+    DICOM file where the JPEG cannot be used.
 
     Returns:
         The exit code.
@@ -195,11 +225,14 @@ def organise(source: c.Source, target: c.Target, size: c.Size = 512, workers: c.
     """
     rejected: dict[str, str] = {}
     found: dict[str, str] = {}
+    dicoms: dict[str, str] = {}  # of images that are there as JPEG, too
     files = [file for file in list_files(source) if LOOSE_IMAGE.search(file)]
-    for file in sorted(files, key=lambda file: file.lower().endswith(".dcm")):
+    for file in sorted(files, key=_is_dicom):
         match = IMAGE_FILE.search(file)
         if match is None:
             rejected[printable(file)] = "not in the folder of a study, files/p10/p10000032/s50414267/"
+        elif _is_dicom(file) and match[1] not in dicoms and not _is_dicom(found.get(match[1], file)):
+            dicoms[match[1]] = file
         elif match[1] in found:
             rejected[printable(file)] = f"the same image as {printable(found[match[1]])}"
         else:
@@ -212,6 +245,10 @@ def organise(source: c.Source, target: c.Target, size: c.Size = 512, workers: c.
     names = sorted(found, key=natural_key)
     settings = _Images("mimic_cxr", size, channels=c.Channels.grey)
     jobs = c.make_jobs(source, [found[name] for name in names], [f"{name}.png" for name in names])
+    for number, (name, job) in enumerate(zip(names, jobs, strict=True)):
+        if not _is_dicom(found[name]):
+            dicom = str(source / dicoms[name]) if name in dicoms else ""
+            jobs[number] = _JpegJob(job.path, job.file, job.stem, dicom)
     c.prepare_target(source, target, settings)
     outcomes = c.convert(jobs, settings, target, workers)
     shutil.rmtree(target / c.PARTS, ignore_errors=True)
@@ -220,8 +257,14 @@ def organise(source: c.Source, target: c.Target, size: c.Size = 512, workers: c.
     images = sum(len(outcome.images) for outcome in outcomes.values())
     if not images:
         raise UserError(f"no image could be written, all {len(rejected)} were rejected; see {target / 'rejected.csv'}")
+    if dicoms:
+        print(f"note: {len(dicoms)} images are there as JPEG and as DICOM; the JPEG was taken", file=sys.stderr)
     print(f"wrote {images} images below {target / 'images'}, {_why(target, rejected)}", flush=True)
     return code
+
+
+def _is_dicom(file: str) -> bool:
+    return file.lower().endswith(".dcm")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,21 +315,32 @@ def read_chexpert(path: Path) -> dict[str, dict[str, float]]:
         path: the table, plain or ``.gz``.
 
     Returns:
-        Per study 1.0 (present), 0.0 (absent) or -1.0 (uncertain) for the findings that its report mentions.
+        Per study 1.0 (present), 0.0 (absent) or -1.0 (uncertain) for the findings that its report mentions, and 1.0
+        for No Finding where there is none.
 
     Raises:
         UserError: if it cannot be read, lacks a column, or has another value.
     """
     values = {"": None, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "1": 1.0, "0": 0.0, "-1": -1.0}
     studies = {}
-    for row in _read_table(path, ("study_id", *FINDINGS)):
-        wrong = next((name for name in FINDINGS if row[name] not in values), None)
+    columns = (*FINDINGS, NO_FINDING)
+    for row in _read_table(path, ("study_id", *columns)):
+        wrong = next((name for name in columns if row[name] not in values), None)
         if wrong is not None:
             raise UserError(
                 f"{path}, study {row['study_id']}: {wrong} must be 1.0, 0.0, -1.0 or blank, got {row[wrong]!r:.40}"
             )
-        studies[row["study_id"]] = {name: v for name in FINDINGS if (v := values[row[name]]) is not None}
+        studies[row["study_id"]] = {name: v for name in columns if (v := values[row[name]]) is not None}
     return studies
+
+
+def _class(found: Mapping[str, float] | None, finding: str) -> int | None:
+    """1 where a study has the finding, 0 where it has not; None where its report is uncertain, or does not say."""
+    value = (found or {}).get(finding)
+    # "No Finding" says nothing of support devices
+    if value is None and finding != "Support Devices" and (found or {}).get(NO_FINDING) == 1:
+        return 0
+    return {1.0: 1, 0.0: 0}.get(value)
 
 
 def _table(source: Path, name: str, option: str, given: Path | None) -> Path | None:
@@ -302,7 +356,8 @@ def _table(source: Path, name: str, option: str, given: Path | None) -> Path | N
 def _shares(split: tuple[float, float, float]) -> dict[str, float]:
     total = math.fsum(split)
     # numbers of images are shares, too: patients have several, so that no split by patient meets them exactly
-    scale = total if total > 1 + 1e-6 and min(split) >= 0 else 1
+    numbers = min(split) >= 0 and all(float(share).is_integer() for share in split)
+    scale = total if numbers and total > 1 else 1
     return dict(zip(SPLITS.values(), (share / scale for share in split), strict=True))
 
 
@@ -323,6 +378,14 @@ def create_ids(
     ] = None,
     metadata: Annotated[Path | None, typer.Option(help="Default: mimic-cxr-*-metadata.csv in the source.")] = None,
     chexpert: Annotated[Path | None, typer.Option(help="Default: mimic-cxr-*-chexpert.csv in the source.")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FINDING",
+            help='Add label, 0 or 1, for this CheXpert column, such as "Pleural Effusion"; leaves out images where the '
+            "finding is uncertain or not mentioned.",
+        ),
+    ] = None,
     seed: c.Seed = 0,
 ) -> int:
     """Pick images by their view, split them by patient, and write the datalist.
@@ -336,16 +399,20 @@ def create_ids(
     views = list(dict.fromkeys(view or ["PA"]))
     shares = _shares(split)
     split_by_patient([], shares)  # wrong shares are refused before any table is read
+    if label is not None and label not in FINDINGS:
+        raise UserError(f"--label must be one of {', '.join(FINDINGS)}; got {label}")
     table = _table(source, "metadata", "metadata", metadata)
     if table is None:
         raise UserError(f"expected mimic-cxr-2.0.0-metadata.csv in --source {source}; name it with --metadata")
     labels_table = _table(source, "chexpert", "chexpert", chexpert)
+    if label and labels_table is None:
+        raise UserError(f"--label needs mimic-cxr-2.0.0-chexpert.csv in --source {source}; name it with --chexpert")
     split_table = _table(source, "split", "split-file", split_file) if official or split_file else None
     if official and split_table is None:
         raise UserError(f"expected mimic-cxr-2.0.0-split.csv in --source {source}; name it with --split-file")
     converted = _need("create_ids", "organise", source, target)["rejected"]
     settings = {"view": views, "split": split_table.name if split_table else list(split)}
-    settings |= {} if split_table else {"seed": seed}
+    settings |= ({} if split_table else {"seed": seed}) | ({"label": label} if label else {})
     datalist = target / "datalist.json"
     before = _made_alike(target, datalist, settings)
 
@@ -357,6 +424,7 @@ def create_ids(
     wanted = {name: row for name, row in listed.items() if views == [ALL_VIEWS] or row["view"] in views}
     parts = _official_parts(split_table) if split_table else {}
     items: list[Item] = []
+    unlabelled = 0
     for name, row in wanted.items():
         if name not in images:
             file = failed.get(name, f"files/{name}.jpg")
@@ -366,23 +434,38 @@ def create_ids(
         else:
             found = labels.get(row["study"])
             item = {"image": images[name], **row}
+            if label:
+                item["label"] = _class(found, label)
+                if item["label"] is None:
+                    unlabelled += 1
+                    continue
             if found is not None:
-                item["labels"] = [label for label in FINDINGS if found.get(label) == 1]
+                item["labels"] = [finding for finding in FINDINGS if found.get(finding) == 1]
             items.append(item | before.get(images[name], {}))
     _tell_views(listed, wanted, views)
+    if unlabelled:
+        print(f"left out by --label {label}: {unlabelled} images, where it is uncertain or not mentioned")
+    if not items and unlabelled:
+        raise UserError(f"no image has a label; choose another --label than {label}")
     if not items:
         raise UserError(
             f"expected images with view {' or '.join(views)}, got none of the {len(listed)} in {table} in {target}; "
             "choose another --view, or run organise again"
         )
     if split_table:
-        splits: dict[str, list[Item]] = {name: [] for name in SPLITS.values()}
-        for item in sorted(items, key=lambda item: natural_key(item["image"])):
-            splits[parts[Path(item["image"]).stem]].append(item)
+        homes = {item["image"]: parts[Path(item["image"]).stem] for item in items}
     else:
-        splits = split_by_patient(items, shares, seed)
-    write_datalist(datalist, NAME, MODALITY, splits, **({"label_names": list(FINDINGS)} if labels else {}))
+        # all of the table and not what is converted by now: patients must not change their split when more come
+        known = [{"image": f"images/{name}.png", **row} for name, row in wanted.items() if row["patient"]]
+        drawn = split_by_patient(known, shares, seed)
+        homes = {item["image"]: part for part, members in drawn.items() for item in members}
+    splits: dict[str, list[Item]] = {name: [] for name in SPLITS.values()}
+    for item in sorted(items, key=lambda item: natural_key(item["image"])):
+        splits[homes[item["image"]]].append(item)
+    names = {"label_names": [f"No {label}", label] if label else list(FINDINGS)} if labels else {}
+    # the state first: a run killed between the two would leave a datalist that seems to be of another origin
     code = _leave(target, "create_ids", rejected, settings)
+    write_datalist(datalist, NAME, MODALITY, splits, **names)
     for name, members in splits.items():
         print(f"{name}: {len(members)} images of {len({item['patient'] for item in members})} patients")
     if labels_table is None:
@@ -496,7 +579,7 @@ def _write_json(target: Path, stem: str, content: Mapping[str, Any]) -> tuple[st
     return name, c.write_whole(target, name, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _report_jobs(reports: Path, rejected: dict[str, str]) -> list[c.Job]:
+def _report_jobs(reports: Path, rejected: dict[str, str]) -> dict[str, c.Job]:
     """One job per study with a report, in a folder with any folders above ``p10``, or in an archive."""
     if reports.is_dir():
         files = list_files(reports)
@@ -519,18 +602,21 @@ def _report_jobs(reports: Path, rejected: dict[str, str]) -> list[c.Job]:
         else:
             # below the target stands the matched end alone, so that no name leads out of it
             jobs[match[1]] = c.Job(str(reports / file if reports.is_dir() else reports), name, match[1])
-    return [jobs[stem] for stem in sorted(jobs, key=natural_key)]
+    return jobs
 
 
 def sections(
     source: c.Source,
     target: c.Target,
     reports: Annotated[
-        Path | None, typer.Option(help="Folder of the reports, or their zip; default: in the source.")
+        Path | None, typer.Option(help="Folder of the reports, or their zip; default: both, in the source.")
     ] = None,
     overrides: Annotated[
         Path | None,
-        typer.Option(help="JSON or CSV: section, or first and last character, to take for single studies."),
+        typer.Option(
+            help='What to take for single studies, as JSON {"s10000001": "findings", "s10000002": [120, 480]} (from '
+            "character 120 to before 480; [0, 0]: nothing) or CSV with the columns study, section, start, end."
+        ),
     ] = None,
     workers: c.Workers = c.DEFAULT_WORKERS,
 ) -> int:
@@ -547,9 +633,8 @@ def sections(
         raise UserError(f"expected a folder as --source, got {source}")
     place = reports or source
     jobs = _report_jobs(place, rejected)
-    if not jobs and reports is None and (source / REPORTS_ZIP).is_file():
-        place = source / REPORTS_ZIP
-        jobs = _report_jobs(place, rejected)
+    if reports is None and (source / REPORTS_ZIP).is_file():
+        jobs = _report_jobs(source / REPORTS_ZIP, rejected) | jobs  # a loose file wins
     if not jobs:
         raise UserError(
             f"expected reports p10/p10000032/s50414267.txt below {place} or {REPORTS_ZIP} in it, got none; name their "
@@ -562,13 +647,18 @@ def sections(
         task = _Sections(task.dataset, str(overrides.resolve()), digest)
     folder = target / "sections"
     c.prepare_target(place, folder, task, folder="files")
-    outcomes = c.convert(jobs, task, folder, workers)
+    outcomes = c.convert([jobs[stem] for stem in sorted(jobs, key=natural_key)], task, folder, workers)
     shutil.rmtree(folder / c.PARTS, ignore_errors=True)
     rows = [row for outcome in outcomes.values() for row in outcome.items]
     _write_csv(folder / "mimic_cxr_sectioned.csv", ("study", *SECTIONED), rows)
     _write_csv(folder / "mimic_cxr_sections.csv", ("study", "caption"), (row for row in rows if row["caption"]))
     rejected |= {file: outcome.reason for file, outcome in outcomes.items() if outcome.reason}
     code = _leave(target, "sections", rejected, {"reports": str(place.resolve())})
+    if overrides is None:
+        print(
+            "note: MIMIC-CXR's 54 manual overrides are not applied; sections --help says how (--overrides)",
+            file=sys.stderr,
+        )
     print(f"wrote the sections of {len(rows)} reports below {folder}, {_why(target, rejected)}", flush=True)
     return code
 

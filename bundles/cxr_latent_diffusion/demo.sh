@@ -21,7 +21,16 @@ fi
 DATALIST=$(absolute "$DATALIST")
 data=(--datalist "$DATALIST")
 if [ -n "${DATASET_DIR:-}" ]; then data+=(--dataset_dir "$(absolute "$DATASET_DIR")"); fi
-show "$PYTHON" -m medgen phantom clip "$out/clip" --width 32
+# images without reports: a model without text
+configs="'configs/demo.json'"
+text=() prompts=()
+if grep -qE '"(sentences|text)": *(\[ *)?"[^"]' "$DATALIST"; then
+    show "$PYTHON" -m medgen phantom clip "$out/clip" --width 32
+    text=(--text_encoder "$out/clip")
+    prompts=(--prompts "['No acute cardiopulmonary process.','Large right pleural effusion.']")
+else
+    configs="$configs,'configs/unconditional.json'"
+fi
 
 train=("$PYTHON" -m monai.bundle run --config_file)
 cd "$bundle/../cxr_autoencoder_kl"
@@ -29,16 +38,14 @@ show "${train[@]}" "['configs/train.json','configs/demo.json']" "${data[@]}" --c
     --output_dir "$out/autoencoder" --model_path "$out/autoencoder/model.pt"
 
 cd "$bundle"
-text=(--text_encoder "$out/clip")
-show "${train[@]}" "['configs/encode.json','configs/demo.json']" "${data[@]}" \
+show "${train[@]}" "['configs/encode.json',$configs]" "${data[@]}" \
     --autoencoder_path "$out/autoencoder/model.pt" --latents_dir "$out/latents"
-show "${train[@]}" "['configs/train.json','configs/demo.json']" "${data[@]}" "${text[@]}" \
+show "${train[@]}" "['configs/train.json',$configs]" "${data[@]}" "${text[@]}" \
     --autoencoder_path "$out/autoencoder/model.pt" --latents_dir "$out/latents" \
     --output_dir "$out/training" --model_path "$out/training/model.pt" --tracking configs/tracking.json
-show "${train[@]}" "['configs/inference.json','configs/demo.json']" "${text[@]}" --model_path "$out/training/model.pt" \
-    --prompts "['No acute cardiopulmonary process.','Large right pleural effusion.']" --seeds 0-31 \
-    --output_dir "$out/generated"
-show "${train[@]}" "['configs/evaluate.json','configs/demo.json']" "${data[@]}" --samples_dir "$out/generated" \
+show "${train[@]}" "['configs/inference.json',$configs]" "${text[@]}" --model_path "$out/training/model.pt" \
+    "${prompts[@]}" --seeds 0-31 --output_dir "$out/generated"
+show "${train[@]}" "['configs/evaluate.json',$configs]" "${data[@]}" --samples_dir "$out/generated" \
     --autoencoder_path "$out/training/autoencoder.pt" --output_dir "$out/evaluation"
 report=("$PYTHON" -m medgen report "$out/generated/datalist.json" "$DATALIST" --output_dir "$out/report")
 if [ -n "${DATASET_DIR:-}" ]; then report+=("${data[@]:2}"); fi
@@ -49,9 +56,9 @@ cat <<TEXT
 The demo is done. Its networks have seen minutes of training where real ones see days: blurred or smudged thoraces are what
 to expect, and text that changes little. Look at
   training images above samples of the same seeds:  $out/training/images/samples_*.png
-  samples of two prompts:                           $out/generated/images/grid.png
+  samples, the upper half of the first prompt:      $out/generated/images/grid.png
   originals, reconstructions, difference:           $out/evaluation/images/test.png
-  reports that could not be used, and why:          $OUT/mimic_64/rejected.csv
+  data, and beside it rejected.csv:                 $DATALIST
   figures with a real-against-real baseline:        $out/evaluation/metrics.json
   the report:                                       $out/report/report.html
   curves and pictures in MLflow:

@@ -48,7 +48,7 @@ def save_autoencoder(path: Path, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def prepared(ingredients: Callable[[Path], dict[str, str]]) -> dict[str, str]:
     """Settings of a training: an autoencoder, the latents of the data, and a text encoder."""
-    return ingredients(BUNDLE)
+    return {name: value for name, value in ingredients(BUNDLE).items() if name != "samples_dir"}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,8 @@ def test_the_moving_average_is_kept_with_all_that_sampling_needs_beside_it(prepa
     assert trained_as["prediction_type"] == "v_prediction"
     assert trained_as["conditioning"] == "text"
     assert trained_as["text_encoder"]
+    assert trained_as["scale"] == scaling["scale"]
+    assert trained_as["num_head_channels"] == [0, 32, 32]  # of which the shapes of weights say nothing
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,18 @@ def test_configuration_is_that_of_the_source():
     np.testing.assert_allclose(scheduler.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("overlay", "ours"), [(None, None), ("latents_64.json", "small_64.json")])
+def test_autoencoders_of_the_other_bundle_are_those_that_the_configs_expect(overlay, ours):
+    def shapes(bundle: Path, network: str, overlay: str | None) -> dict[str, torch.Size]:
+        names = ["train.json", *([overlay] if overlay else [])]
+        parser = ConfigParser(ConfigParser.load_config_files([str(bundle / "configs" / name) for name in names]))
+        with torch.device("meta"):
+            return {name: value.shape for name, value in parser.get_parsed_content(network).state_dict().items()}
+
+    trained = shapes(BUNDLE.parent / "cxr_autoencoder_kl", "network_def", overlay)
+    assert trained == shapes(BUNDLE, "autoencoder_def", ours)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -179,6 +193,7 @@ def test_configuration_is_that_of_the_source():
         ({"image_size": 60}, "image_size must be a multiple of 16, got 60"),
         ({"image_size": 128}, r"latent"),
         ({"latents_dir": "/nowhere/latents"}, r"/nowhere/latents"),
+        ({"model_path": "."}, r"model_path must be a file, got the folder \."),
         ({"preview_sampler": "euler"}, "sampler must be one of"),
     ],
 )
@@ -198,9 +213,13 @@ def test_latents_of_another_autoencoder_are_refused(train, tmp_path):
 
 def test_settings_that_change_on_resume_are_refused_but_the_length_may_change(train, tmp_path):
     run(train(tmp_path / "out", max_epochs=1))
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        run(train(tmp_path / "out", resume=True, prediction_type="epsilon"))
-    assert_one_line(caught.value, r"made with prediction_type v_prediction, this run has epsilon")
+    for change, message in (
+        ({"prediction_type": "epsilon"}, "made with prediction_type v_prediction, this run has epsilon"),
+        ({"num_head_channels": [0, 16, 16]}, r"made with num_head_channels \[0, 32, 32\], this run has"),
+    ):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            run(train(tmp_path / "out", resume=True, **change))
+        assert_one_line(caught.value, message)
     run(train(tmp_path / "out", resume=True, max_epochs=3))
     assert state(tmp_path / "out")["images_seen"] == 12
 

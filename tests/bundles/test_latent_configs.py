@@ -73,7 +73,7 @@ def pixels(path: str) -> torch.Tensor:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def test_latents_are_the_posteriors_of_the_images(datalist, autoencoder_path, tmp_path, capsys, caplog):
@@ -331,6 +331,17 @@ def test_samples_of_another_size_are_fitted_and_broken_ones_left_out(judged, aut
 
     assert json.loads((tmp_path / "metrics.json").read_text())["n_samples"] == 12
     assert "samples/13.png of the samples is left out" in caplog.text
+
+
+def test_too_few_samples_are_told_before_images_are_reconstructed(judged, autoencoder_path, tmp_path):
+    write_images(tmp_path / "made", 1, 0.03, 1)
+    settings = {"datalist": judged / "real" / "datalist.json", "samples_dir": tmp_path / "made"}
+
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        run("evaluate", autoencoder_path=autoencoder_path, output_dir=tmp_path / "output", **settings)
+
+    assert_one_line(error.value, "at least 2 samples and 2 real images, got 1; make more")
+    assert not (tmp_path / "output" / "reconstructions").exists()
 
 
 def test_fid_takes_the_weights_that_are_named(judged, autoencoder_path, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -105,6 +106,8 @@ def test_every_prompt_is_sampled_with_every_seed(run, tmp_path, capsys):
     generation = json.loads((tmp_path / "out" / "generation.json").read_text())
     assert generation["prompts"] == PROMPTS
     assert generation["sampler"] == "dpm++"
+    assert (generation["amp"], generation["scale"], generation["null_caption"]) == (True, [0.8], "empty")
+    assert "2 prompts: 'Small left pleural effusion.', 'Clear lungs, no effusion.'\n" in printed
     assert Image.open(tmp_path / "out" / "images" / "grid.png").size == (3 * SIDE + 4, 2 * SIDE + 2)
 
 
@@ -208,6 +211,7 @@ def test_sixteen_bits_and_dicom_hold_the_same_image(run, tmp_path):
     assert dicom.PatientName == "SYNTHETIC"
     assert dicom.PatientID == "synthetic-4"
     assert dicom.SOPClassUID.name == "Secondary Capture Image Storage"
+    assert dicom.DerivationDescription.startswith("latent diffusion: model_sha256 ")
     assert f"prompts '{PROMPTS[0]}'" in dicom.DerivationDescription
     assert "sampler dpm++, num_steps 3" in dicom.DerivationDescription
     assert Image.open(tmp_path / "png16" / "images" / "grid.png").size == (SIDE, SIDE)
@@ -231,13 +235,13 @@ def test_edit_keeps_what_the_mask_leaves(run, datalist, tmp_path):
 def test_less_strength_stays_nearer_to_the_image(run, datalist, tmp_path):
     name = Path(load_datalist(datalist, "test")[0]["image"]).name
     distances = []
-    for strength in (0.1, 1.0):
+    for strength in (0.02, 1.0):
         workflow = run(
-            "edit", "none", strength=strength, num_steps=10, sampler="ddim", output_dir=str(tmp_path / "out")
+            "edit", "none", strength=strength, num_steps=10, sampler="ddim", output_dir=str(tmp_path / f"{strength}")
         )
         image = torch.tensor(pixels(datalist.parent / name)).float()[None, None] / 255
         reconstruction = workflow.parser.get_parsed_content("autoencoder")(image).clamp(0, 1)[0, 0].numpy() * 255
-        distances.append(np.abs(pixels(tmp_path / "out" / "edited" / name) - reconstruction).mean())
+        distances.append(np.abs(pixels(tmp_path / f"{strength}" / "edited" / name) - reconstruction).mean())
 
     assert distances[0] < distances[1] / 2
 
@@ -347,16 +351,64 @@ def test_missing_weights_are_one_line(run, models, tmp_path, config):
     assert_one_line(raised.value, r"no weights at .*model\.pt")
 
 
-def test_settings_of_the_training_are_asked_for(run, models, tmp_path):
+@pytest.mark.parametrize("config", ["inference", "edit", "interpolate"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prediction_type", "epsilon"),
+        ("null_caption", "eos"),
+        ("num_head_channels", [0, 16, 32]),
+        ("norm_num_groups", 16),
+        ("scale", [0.3]),
+        ("num_classes", 3),
+    ],
+)
+def test_settings_of_the_training_are_asked_for(run, models, tmp_path, config, name, value):
     record = models["none"].with_name("trained_as.json")
-    record.write_text(json.dumps({"prediction_type": "epsilon"}))
+    record.write_text(json.dumps({name: value}))
     try:
         with pytest.raises((ValueError, RuntimeError)) as raised:
-            run("inference", "none")
+            run(config, "none")
     finally:
         record.unlink()
 
-    assert_one_line(raised.value, "prediction_type must be epsilon as in the training")
+    assert_one_line(raised.value, f"{name} must be {re.escape(str(value))} as in the training")
+
+
+@pytest.mark.parametrize("change", [{"beta_end": 0.03}, {"prediction_type": "epsilon"}, {"amp": False}])
+def test_samples_of_another_schedule_are_not_resumed(run, change):
+    run("inference", "none", seeds="0")
+
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        run("inference", "none", seeds="0,1", resume=True, **change)
+
+    assert_one_line(raised.value, f"were made with {next(iter(change))} ")
+
+
+def test_edits_of_other_settings_are_not_mixed(run, datalist, tmp_path, capsys):
+    names = [Path(item["image"]).name for item in load_datalist(datalist, "test")]
+    run("edit", "text", prompt="edema, effusion", strength=0.5)
+    assert "1 prompt: 'edema, effusion'\n" in capsys.readouterr().out
+    whole = {name: pixels(tmp_path / "out" / "edited" / name) for name in names}
+    record = (tmp_path / "out" / "generation.json").read_text()
+
+    for settings, message in (
+        ({}, "edited holds images already; make the rest with --resume true"),
+        ({"resume": True, "beta_end": 0.03}, r"were made with beta_end 0\.0205, this run has 0\.03"),
+        ({"resume": True, "strength": 0.7}, r"were made with strength 0\.5, this run has 0\.7"),
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as raised:
+            run("edit", "text", **{"prompt": "edema, effusion", "strength": 0.5, **settings})
+        assert_one_line(raised.value, message)
+    assert (tmp_path / "out" / "generation.json").read_text() == record
+
+    (tmp_path / "out" / "edited" / names[1]).unlink()
+    run("edit", "text", prompt="edema, effusion", strength=0.5, resume=True)
+    assert "2 images, 2 of them new" in capsys.readouterr().out  # one batch
+    run("edit", "text", prompt="edema, effusion", strength=0.5, resume=True)
+    assert "2 images, 0 of them new" in capsys.readouterr().out
+    for name in names:
+        np.testing.assert_array_equal(pixels(tmp_path / "out" / "edited" / name), whole[name])
 
 
 def test_prompt_of_300_words_is_cut_off_and_said_so(run, tmp_path, caplog):
@@ -364,7 +416,7 @@ def test_prompt_of_300_words_is_cut_off_and_said_so(run, tmp_path, caplog):
 
     assert list(samples(tmp_path)) == ["seed000000"]
     assert "the text model reads 77 tokens" in caplog.text
-    assert "fracture" in caplog.text
+    assert "dropped from its end: 225 tokens, 'effusion" in caplog.text
 
 
 def test_samples_are_read_like_any_images(run, tmp_path):

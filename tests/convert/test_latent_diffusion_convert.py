@@ -13,14 +13,16 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.networks.nets import AutoencoderKL as CoreAutoencoder
+from monai.networks.nets import DiffusionModelUNet as CoreDiffusion
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
 from medgen import cli
 from medgen.convert import convert_latent_diffusion, convert_state_dict
+from medgen.convert import latent_diffusion as conversion
 from medgen.data import LatentScaling
-from medgen.errors import UserError
+from medgen.errors import UserError, find_user_error
 from medgen.weights import read_state_dict
 
 monai.config.IgniteInfo = monai.utils.IgniteInfo  # where monai-generative, archived before it moved, looks for it
@@ -169,6 +171,18 @@ def test_networks_of_the_source_need_no_settings_and_give_the_bundles_own(tmp_pa
         "context_dim": 1024,
         "null_caption": "eos",
     }
+    assert diffusion.trained_as == {
+        "conditioning": "text",
+        "num_classes": 0,
+        "num_head_channels": [0, 512, 768],
+        "norm_num_groups": 32,
+        "null_caption": "eos",
+        "noise_scheduler": "DDPMScheduler",
+        "prediction_type": "v_prediction",
+        "beta_start": 0.0015,
+        "beta_end": 0.0205,
+        "num_train_timesteps": 1000,
+    }
     for converted in (autoencoder, diffusion):
         with torch.device("meta"):
             expected = converted.network(**converted.settings).state_dict()
@@ -256,6 +270,63 @@ def test_names_of_core_pass_with_the_layers_that_they_have(tmp_path, include_fc,
 
     images = torch.rand(1, 1, 8, 8)
     assert torch.equal(built(converted)(images), core.reconstruct(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("context_dim", [None, 12])
+def test_diffusion_network_of_core_with_attention(tmp_path, whole, context_dim):
+    """Saved whole, its attention holds layers of einops, which have no weights."""
+    core = randomised(
+        CoreDiffusion(
+            2, 3, 3, (1, 1, 1), (8, 16, 24), (False, True, True), norm_num_groups=GROUPS, num_head_channels=HEADS,
+            with_conditioning=context_dim is not None, cross_attention_dim=context_dim,
+        )
+    )  # fmt: skip
+    source = save(core if whole else {"net": core, "epoch": 1}, tmp_path / "core.pth")
+
+    converted = convert_latent_diffusion(source)
+
+    latents, condition = torch.randn(2, 3, 8, 8), {}
+    if context_dim:
+        condition["context"] = torch.randn(2, 7, context_dim)
+    found = built(converted)(latents, torch.tensor([3, 700]), **condition)
+    assert torch.equal(found, core(latents, torch.tensor([3, 700]), **condition))
+    assert converted.settings["num_head_channels"] == list(HEADS)
+
+
+@torch.no_grad()
+def test_autoencoder_of_core_with_attention_saved_whole(tmp_path):
+    core = randomised(CoreAutoencoder(2, channels=(8, 16), num_res_blocks=1, attention_levels=(False, True),
+                                      norm_num_groups=GROUPS))  # fmt: skip
+
+    converted = convert_latent_diffusion(save(core, tmp_path / "core.pth"))
+
+    images = torch.rand(1, 1, 8, 8)
+    assert torch.equal(built(converted)(images), core.reconstruct(images))
+
+
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "model.", "module.model._orig_mod."])
+def test_prefixes_in_any_order_are_taken_off(tmp_path, prefix):
+    network = make_diffusion("unconditional")
+    state = {f"{prefix}{name}": value for name, value in network.state_dict().items()}
+
+    converted = convert_latent_diffusion(save({"state_dict": state}, tmp_path / "x.pth"), None, HEADS, GROUPS)
+
+    assert converted.state.keys() == convert_state_dict("x", network.state_dict(), HEADS, GROUPS).state.keys()
+
+
+def test_what_is_left_of_other_prefixes_is_named(tmp_path):
+    state = make_diffusion("unconditional").state_dict()
+    with pytest.raises(
+        UserError, match=r"got 0 \(state_dict with net\.conv_in\.conv\.weight, net\.conv_in\.conv\.bias"
+    ):
+        convert_latent_diffusion(
+            save({"state_dict": {f"module.net.{k}": v for k, v in state.items()}}, tmp_path / "x.pth")
+        )
+    both = state | {f"model.{name}": value for name, value in state.items()}
+    with pytest.raises(UserError, match=r"two tensors for .*, one of them model\.conv_in"):
+        convert_latent_diffusion(save(both, tmp_path / "x.pth"), None, HEADS, GROUPS)
 
 
 @torch.no_grad()
@@ -382,20 +453,106 @@ def test_overlay_makes_the_bundles_definition_take_the_weights(tmp_path, case):
     assert ("no scaling.json" in result.stdout) == (case != "autoencoder")
 
 
-def test_scaling_belongs_to_the_converted_autoencoder(tmp_path):
-    autoencoder = tmp_path / "autoencoder.pt"
-    convert(save(make_autoencoder("source"), tmp_path / "a.pth"), "--output", autoencoder)
+@pytest.fixture
+def autoencoder(tmp_path) -> Path:
+    convert(save(make_autoencoder("source"), tmp_path / "a.pth"), "--output", tmp_path / "autoencoder.pt")
+    return tmp_path / "autoencoder.pt"
+
+
+@pytest.fixture
+def small_source(monkeypatch) -> None:
+    """Takes the network of reduced width for the source's own."""
+    reduced = {"channels": [8, 16, 24], "cross_attention_dim": 12}
+    monkeypatch.setattr(conversion, "SOURCE_DIFFUSION", conversion.SOURCE_DIFFUSION | reduced)
+    monkeypatch.setattr(conversion, "SOURCE_HEADS", list(HEADS))
+
+
+def test_scaling_belongs_to_the_converted_autoencoder(tmp_path, autoencoder, small_source):
     source = save(make_diffusion("source"), tmp_path / "u.pth")
 
     result = convert(source, "--output", tmp_path / "model.pt", "--autoencoder", autoencoder)
 
     assert result.exit_code == 0, result.stderr
+    assert "scale 0.3 (the source's)" in result.stdout
+    assert "taken to be trained like it: v_prediction, betas 0.0015 to 0.0205, null caption eos" in result.stdout
+    trained_as = json.loads((tmp_path / "trained_as.json").read_text())
+    assert (trained_as["null_caption"], trained_as["scale"], trained_as["shift"]) == ("eos", [0.3], [0.0])
+    assert trained_as["norm_num_groups"] == GROUPS
     scaling = LatentScaling.read(tmp_path / "scaling.json")
     scaling.check_autoencoder(autoencoder)
     assert scaling.whiten(torch.ones(1, 3, 2, 2)).unique().item() == pytest.approx(0.3)
-    refused = convert(autoencoder, "--output", tmp_path / "other.pt", "--autoencoder", autoencoder)
+    assert trained_as["autoencoder"] == scaling.autoencoder_sha256
+    refused = convert(autoencoder, "--output", tmp_path / "b" / "other.pt", "--autoencoder", autoencoder)
     assert refused.exit_code == 1
-    assert not (tmp_path / "other.pt").exists()
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("factor", [torch.tensor(1.7), torch.tensor([1.7])])
+def test_scale_factor_of_a_checkpoint_is_used_and_said(tmp_path, autoencoder, flat, factor):
+    state = make_diffusion("unconditional").state_dict()
+    checkpoint = {**state, "scale_factor": factor} if flat else {"model": state, "scale_factor": factor}
+    source = save(checkpoint, tmp_path / "u.pth")
+    heads = ("--num_head_channels", "0,8,24", "--norm_num_groups", GROUPS, "--autoencoder", autoencoder)
+
+    result = convert(source, "--output", tmp_path / "model.pt", *heads)
+
+    assert result.exit_code == 0, result.stderr
+    assert f"scale 1.7 (scale_factor of {source})" in result.stdout
+    assert LatentScaling.read(tmp_path / "scaling.json").scale == pytest.approx((1.7,))
+    result = convert(source, "--output", tmp_path / "model.pt", *heads, "--scale", 2, "--force")
+    assert "scale 2 (--scale)" in result.stdout
+
+
+def test_of_another_network_nothing_is_guessed(tmp_path, autoencoder):
+    source = save(make_diffusion("unconditional"), tmp_path / "u.pth")
+    arguments = (source, "--output", tmp_path / "model.pt", "--autoencoder", autoencoder)
+
+    refused = convert(*arguments)
+    assert "does not tell what its latents were multiplied by; name it with --scale" in refused.stderr
+    assert not (tmp_path / "model.pt").exists()
+
+    result = convert(*arguments, "--scale", 0.5)
+    assert "does not tell how it was trained: set --prediction_type, --beta_start" in result.stdout
+    record = json.loads((tmp_path / "trained_as.json").read_text())
+    assert record.keys().isdisjoint({"prediction_type", "beta_start", "beta_end", "noise_scheduler", "null_caption"})
+    assert (record["conditioning"], record["num_head_channels"]) == ("none", list(HEADS))
+
+    result = convert(*arguments, "--scale", 0.5, "--prediction_type", "epsilon", "--force")
+    assert "how it was trained: set --beta_start" in result.stdout
+    assert json.loads((tmp_path / "trained_as.json").read_text())["prediction_type"] == "epsilon"
+    assert json.loads((tmp_path / "model.json").read_text())["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "{}/m.pt", "--autoencoder", "{}/u.pth"), "not a file of plain weights"),
+        (("--output", "{}/m.pt", "--autoencoder", "{}/state.pt"), "got .*state.pt with weights of something else"),
+        (("--output", "{}/m.pt", "--autoencoder", "{}/none.pt"), "which is not there"),
+        (("--output", "{}/m.pt", "--config", "{}/scaling.json"), "expected different files"),
+        (("--output", "{}/m.pt", "--config", "{}/x/../trained_as.json"), "expected different files"),
+        (("--output", "{}/scaling.pt"), "expected different files"),
+        (
+            ("--output", "{}/autoencoder.pt", "--autoencoder", "{}/autoencoder.pt", "--force"),
+            "expected different files",
+        ),
+        (("--output", "{}/m.pt", "--scale", "0.5"), "name it with --autoencoder"),
+        (("--output", "{}/m.pt", "--autoencoder", "{}/autoencoder.pt", "--scale", "nan"), "must be a number above 0"),
+        (("--output", "{}/m.pt", "--prediction_type", "eps"), "prediction_type must be one of epsilon, v_prediction"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line_and_write_nothing(tmp_path, autoencoder, arguments, message):
+    source = save(make_diffusion("unconditional"), tmp_path / "u.pth")
+    save(make_diffusion("unconditional").state_dict(), tmp_path / "state.pt")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    result = convert(source, *(argument.format(tmp_path) for argument in arguments))
+
+    assert result.exit_code == 1
+    assert re.search(message, result.stderr)
+    assert result.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @torch.no_grad()
@@ -430,6 +587,16 @@ def test_bundle_samples_with_what_was_converted(tmp_path):
     found = np.asarray(Image.open(tmp_path / "out" / "samples" / "seed000003.png"))
     np.testing.assert_allclose(found, expected, atol=0.51)
     assert found.std() > 1
+
+    overlay = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**overlay, "num_head_channels": [0, 16, 12]}))
+    other = ConfigWorkflow(
+        [str(file) for file in files], logging_file=False, workflow_type="infer", image_size=16,
+        model_path=str(tmp_path / "model.pt"), output_dir=str(tmp_path / "other"),
+    )  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        other.initialize()
+    assert "num_head_channels must be [0, 8, 24] as in the training" in find_user_error(raised.value)
 
 
 def test_folder_without_a_logged_model_is_one_line(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import pytest
 from fire.parser import DefaultParseValue
 
-from medgen.data import as_text, check_prompts, load_prompts, with_masks, write_datalist
+from medgen.data import as_text, check_captions, check_prompts, load_prompts, prompts_line, with_masks, write_datalist
 from medgen.errors import UserError
 
 
@@ -32,6 +32,25 @@ def test_no_prompt_is_empty():
     assert as_text(None, "negative_prompt") == ""
     assert load_prompts() == []
     assert load_prompts(prompt="") == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "negative", "expected"),
+    [
+        ([], "", "no prompt: images of the empty caption"),
+        (["edema"], "", "1 prompt: 'edema'"),
+        (["a", "b", "c"], "d", "3 prompts: 'a', 'b', 'c'; negative prompt 'd'"),
+        (list("abcde"), "", "5 prompts: 'a', 'b', 'c' and 2 more"),
+        (["e" * 201], "", f"1 prompt: {'e' * 200!r}..."),
+    ],
+)
+def test_prompts_are_shown_before_images_are_made(prompts, negative, expected):
+    assert prompts_line(prompts, negative) == expected
+
+
+def test_what_the_command_line_made_of_a_prompt_is_shown():
+    found = [prompts_line(load_prompts(DefaultParseValue(typed))) for typed in ("1e3", "None", "'quoted'")]
+    assert found == ["1 prompt: '1000.0'", "no prompt: images of the empty caption", "1 prompt: 'quoted'"]
 
 
 @pytest.mark.parametrize("parsed", [True, {"heart": "large"}, ["a"], ("a", ("b",))])
@@ -132,3 +151,11 @@ def test_import_needs_no_framework():
     code = "import sys, medgen.data.conditions, medgen.data.synthetic_set; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_text_is_not_learned_from_images_without_any():
+    items = [{"image": "a.png", "sentences": []}, {"image": "b.png", "text": ""}]
+    check_captions("none", items, "list.json")
+    with pytest.raises(UserError, match=r"no item of the training split of list\.json .* add 'configs/unconditional"):
+        check_captions("text", items, "list.json")
+    check_captions("text", [*items, {"image": "c.png", "text": "Clear lungs."}], "list.json")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from medgen.data import LatentScaling, LatentStore, estimate_scaling, load_latents, write_datalist
+from medgen.data.image_set import file_sha256
 from medgen.errors import UserError
 
 SHAPE = (3, 4, 5)
@@ -368,6 +369,33 @@ def test_changed_image_is_refused(data, tmp_path):
         make(data, tmp_path / "latents", resume=True)
 
 
+def test_changed_image_of_the_same_size_is_refused(data, tmp_path):
+    encode(make(data, tmp_path / "latents"))
+    (data / "images" / "4.png").write_bytes(b"\0\0\0\x09picture")
+
+    with pytest.raises(UserError, match=r"4\.png is not the image"):
+        load_latents(tmp_path / "latents", data / "datalist.json", "training")
+
+
+def test_a_start_of_training_reads_few_images_whose_times_alone_have_changed(data, tmp_path, monkeypatch, caplog):
+    from medgen.data import latents
+
+    caplog.set_level("INFO")
+    encode(make(data, tmp_path / "latents"))
+    for image in (data / "images").iterdir():
+        os.utime(image, (1, 1))
+    read = []
+    monkeypatch.setattr(latents, "COMPARED", 3)
+    monkeypatch.setattr(latents, "file_sha256", lambda path: read.append(Path(path).name) or file_sha256(path))
+
+    load_latents(tmp_path / "latents", data / "datalist.json", "training")
+
+    assert read == ["0.png", "4.png", "8.png"]
+    assert "9 images have other times than when they were encoded; 3 are compared" in caplog.text
+    make(data, tmp_path / "latents", resume=True)
+    assert len([name for name in read if name.endswith(".png")]) == 3 + 12
+
+
 def test_image_without_latents_is_named(data, tmp_path):
     encode(make(data, tmp_path / "latents", splits=["training"]))
 
@@ -443,6 +471,134 @@ def test_shard_of_pickles_is_not_read(data, tmp_path):
     np.save(tmp_path / "latents" / "00000.npy", np.array([None] * 5), allow_pickle=True)
 
     assert len(make(data, tmp_path / "latents", resume=True).todo) == 5
+
+
+@pytest.mark.parametrize("name", ["00001-copy.json", "00001_1.json"])
+def test_copies_of_a_shards_files_are_no_shards(data, tmp_path, name):
+    encode(make(data, tmp_path / "latents"))
+    for suffix in (".json", ".npy"):
+        shutil.copy(tmp_path / "latents" / f"00001{suffix}", (tmp_path / "latents" / name).with_suffix(suffix))
+
+    assert make(data, tmp_path / "latents", resume=True).todo == []
+    places = [item["latent"]["file"] for item in load_latents(tmp_path / "latents", data / "datalist.json", "training")]
+    assert {Path(place).name for place in places} == {"00000.npy", "00001.npy"}
+
+
+@pytest.mark.parametrize("field", ["image", "size", "time", "sha256", "mean", "variance"])
+def test_shard_that_lacks_what_is_known_of_an_image_is_encoded_again(data, tmp_path, field, caplog):
+    encode(make(data, tmp_path / "latents"))
+    path = tmp_path / "latents" / "00001.json"
+    text = json.loads(path.read_text())
+    del text["images"][2][field]
+    path.write_text(json.dumps(text))
+
+    assert len(make(data, tmp_path / "latents", resume=True).todo) == 5
+    assert "00001.json and its array are not a complete shard" in caplog.text
+
+
+@pytest.mark.parametrize("row", [0, 2, 4])
+def test_array_that_a_shard_was_not_written_for_is_encoded_again(data, tmp_path, row):
+    encode(make(data, tmp_path / "latents"))
+    array = np.load(tmp_path / "latents" / "00000.npy")
+    array[row, 0, 0, 0, 0, 0] += 1
+    np.save(tmp_path / "latents" / "00000.npy", array)
+
+    with pytest.raises(UserError, match=r"no latents of images/0\.png \(5 of the 9"):
+        load_latents(tmp_path / "latents", data / "datalist.json", "training")
+    assert len(make(data, tmp_path / "latents", resume=True).todo) == 5
+
+
+def test_resumed_store_sees_a_change_in_the_middle_of_a_large_array(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("medgen.data.latents.ENDS", 200)
+    encode(make(data, tmp_path / "latents"))
+    with open(tmp_path / "latents" / "00000.npy", "r+b") as file:
+        file.seek(600)
+        file.write(b"damage")
+
+    assert len(make(data, tmp_path / "latents", resume=True).todo) == 5
+
+
+def test_no_array_is_read_by_the_index_of_another(data, tmp_path, monkeypatch):
+    encode(make(data, tmp_path / "latents", splits=["training"], shard_size=9))
+    array = tmp_path / "latents" / "00000.npy"
+    array.write_bytes(array.read_bytes()[:60])
+    datalist = json.loads((data / "datalist.json").read_text())
+    write_datalist(data / "other.json", "test", "X-ray", {"training": datalist["training"][::-1]})
+    store = make(
+        data, tmp_path / "latents", splits=["training"], shard_size=9, datalist=data / "other.json", resume=True
+    )
+
+    def kill(path: Path, text: str) -> None:
+        if Path(path).name == "00000.json":
+            raise KeyboardInterrupt
+        before(path, text)
+
+    from medgen.data import latents
+
+    before = latents.atomic_write_text
+    monkeypatch.setattr(latents, "atomic_write_text", kill)
+    with pytest.raises(KeyboardInterrupt):
+        encode(store)
+
+    assert len(np.load(array)) == 9
+    with pytest.raises(UserError, match="9 of the 9 images"):
+        load_latents(tmp_path / "latents", data / "datalist.json", "training")
+
+
+def test_two_runs_do_not_encode_into_one_folder(data, tmp_path):
+    first, second = (make(data, tmp_path / "latents", splits=[split]) for split in SPLITS)
+    first.begin()
+
+    with pytest.raises(UserError, match=r"another process encodes into .*latents; wait for it"):
+        second.begin()
+
+    first.close()
+    encode(first)
+    with pytest.raises(UserError, match=r"another run has encoded into .*latents meanwhile; start this one again"):
+        second.begin()
+    encode(make(data, tmp_path / "latents", resume=True))
+
+
+def test_lock_of_a_process_goes_with_it(data, tmp_path):
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_latents import make
+
+store = make(Path({str(data)!r}), Path({str(tmp_path / "latents")!r}))
+store.begin()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another process encodes into"):
+            make(data, tmp_path / "latents").begin()
+    finally:
+        holder.kill()
+        holder.communicate()
+
+    encode(make(data, tmp_path / "latents"))
+
+    assert make(data, tmp_path / "latents", resume=True).todo == []
+
+
+def test_one_scale_for_channels_far_from_zero_is_remarked_on(data, tmp_path, caplog):
+    for scaling, remarks in (("global", 1), ("channel", 0)):
+        caplog.clear()
+        store = make(data, tmp_path / scaling, scaling=scaling)
+        store.begin()
+        for item in store.todo:
+            latents = latents_of(item["image"], item["seed"])
+            latents[:, 0, 1] -= 10
+            store.add(item["number"], latents)
+        store.finish()
+
+        found = [record.message for record in caplog.records if "--scaling channel" in record.message]
+        assert len(found) == remarks
+        assert all(message.startswith("the mean of channel 1 of the latents is") for message in found)
 
 
 def test_scaling_alone_leaves_no_latents(data, tmp_path):

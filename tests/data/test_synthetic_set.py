@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medgen.data import SyntheticSet, load_datalist
+from medgen.data import SyntheticSet, begin_generation, load_datalist, provenance_line
 from medgen.errors import UserError
 
 
@@ -203,7 +203,7 @@ def test_each_prompt_is_made_with_each_seed(make, tmp_path):
     items = load_datalist(tmp_path / "out" / "datalist.json", "training")
     assert [item["text"] for item in items] == [item["text"] for item in samples.items]
     assert json.loads((tmp_path / "out" / "generation.json").read_text())["prompts"] == samples.prompts
-    assert "prompts 2, model_sha256" in samples.provenance
+    assert f"model_sha256 {samples.model_sha256}, prompts 2, truncation_psi 1.0" in samples.provenance
 
 
 def test_a_single_prompt_leaves_the_names_as_they_are(make):
@@ -212,7 +212,7 @@ def test_a_single_prompt_leaves_the_names_as_they_are(make):
     assert samples.items == [
         {"seed": 42, "name": "seed000042", "patient": "synthetic-42", "text": "Small left effusion."}
     ]
-    assert "prompts 'Small left effusion.', model_sha256" in samples.provenance
+    assert samples.provenance.startswith(f"model_sha256 {samples.model_sha256}, prompts 'Small left effusion.', ")
     assert "text" not in make([42]).items[0]
 
 
@@ -248,3 +248,27 @@ def test_sixteen_bits_are_for_callers_that_write_them(make):
     assert samples.record["file_format"] == "png16"
     with pytest.raises(UserError, match="file_format must be png or dicom, got 'png16'"):
         make([1], file_format="png16")
+
+
+def test_provenance_names_the_weights_first_and_cuts_every_value(make):
+    samples = make([1], {"negative_prompt": "n" * 5000}, prompts=["p" * 5000])
+
+    assert samples.provenance.startswith(f"model_sha256 {samples.model_sha256}, prompts 'ppp")
+    assert len(samples.provenance) < 1024
+    assert provenance_line({"seed": 1, "model_sha256": "ab"}) == "model_sha256 ab, seed 1"
+    assert provenance_line({"seed": 1}) == "seed 1"
+
+
+def test_images_of_other_settings_are_not_joined(tmp_path):
+    folder, record = tmp_path / "edited", {"strength": 0.5, "channels": (1, 2)}
+    begin_generation(tmp_path, folder, {"strength": 0.1}, resume=False)
+    begin_generation(tmp_path, folder, record, resume=False)  # nothing was made with the first
+    folder.mkdir()
+    (folder / "a.png").touch()
+
+    with pytest.raises(UserError, match=r"edited holds images already; make the rest with --resume true"):
+        begin_generation(tmp_path, folder, record, resume=False)
+    with pytest.raises(UserError, match=r"were made with strength 0\.5, this run has 0\.7"):
+        begin_generation(tmp_path, folder, {**record, "strength": 0.7}, resume=True)
+    assert json.loads((tmp_path / "generation.json").read_text()) == {"strength": 0.5, "channels": [1, 2]}
+    begin_generation(tmp_path, folder, record, resume=True)

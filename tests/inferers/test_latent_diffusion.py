@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from torch import nn
 
 from medgen.data.latents import LatentScaling
+from medgen.engines.trainer import autocast as autocast_of_trainer
 from medgen.errors import UserError
 from medgen.inferers import LatentDiffusionSampler, Sampler
+from medgen.inferers.latent_diffusion import _filled
 from medgen.inferers.samplers import SAMPLERS
+from medgen.networks import KLAutoencoder
+from medgen.precision import autocast
 
 SCALING = LatentScaling(scale=(2.0, 4.0, 1.0), shift=(0.5, 0.4, 0.6), autoencoder_sha256="")
 SHAPE = (3, 8, 8)
@@ -152,7 +157,6 @@ def test_images_are_unwhitened_decoded_and_clamped():
     assert expected.max() > 1
     assert expected.min() < 0
     torch.testing.assert_close(images, expected.clamp(0, 1))
-    assert inferer.images_per_second > 0
 
 
 def test_noise_is_not_that_of_weights_of_the_same_seed():
@@ -329,6 +333,73 @@ def test_inpainting_keeps_what_lies_outside_the_mask(name):
     changed = (latents - inferer.encode(images)).abs().amax(1) > 1e-6
     assert changed[0].nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
     assert changed[1].any(0).tolist() == [False] * 5 + [True] * 3
+
+
+def autoencoder() -> KLAutoencoder:
+    """A small one with random weights, whose latents see far beyond the pixels that they lie over."""
+    torch.manual_seed(1)
+    return KLAutoencoder(
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=1,
+        num_res_blocks=1,
+        channels=[8, 8, 8],
+        attention_levels=[False] * 3,
+        latent_channels=3,
+        norm_num_groups=4,
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False,
+    ).eval()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_at_full_strength_what_lies_under_the_mask_has_no_influence(strength):
+    images, masks = pictures(), torch.zeros(2, 1, 32, 32)
+    masks[0, :, 9:15, 9:15] = 1
+    masks[1, :, :, 20:] = 1
+    is_new = masks.bool()
+    inferer, network = sampler(strength=strength), unet()
+    inferer.autoencoder = autoencoder()
+    hidden = [images, *(torch.where(is_new, value, images) for value in (0.0, 1.0)), images.flip(0)]
+    hidden[-1] = torch.where(is_new, hidden[-1], images)
+
+    results = [inferer([0, 1], network, images=one, masks=masks) for one in hidden]
+
+    for result in results:
+        torch.testing.assert_close(result[~is_new], images[~is_new], rtol=0, atol=0)
+        assert torch.equal(result, results[0]) == (strength == 1 or result is results[0])
+
+
+def test_masked_pixels_are_filled_from_the_edge_inwards():
+    images = torch.zeros(3, 1, 6, 9)
+    images[0], images[1] = 0.25, torch.linspace(0, 0.8, 9)
+    is_new = torch.zeros(3, 1, 6, 9, dtype=torch.bool)
+    is_new[:, :, 1:5, 2:7] = True
+    is_new[2] = True
+
+    filled = _filled(images.where(~is_new, 1.0), is_new)
+
+    torch.testing.assert_close(filled[0], images[0])
+    assert torch.equal(filled[1][~is_new[1]], images[1][~is_new[1]])
+    torch.testing.assert_close(filled[1], filled[1].flip(1))
+    # neighbours that are known: (0, 1, 2) of the column before, and above the two columns beside
+    assert filled[1, 0, 1, 2] == pytest.approx((3 * 0.1 + 0.2 + 0.3) / 5)
+    assert (filled[1, 0, 2].diff() > -1e-6).all()
+    assert not filled[2].any()
+
+
+def test_amp_is_that_of_the_training(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "medgen.inferers.latent_diffusion.autocast",
+        lambda device, amp: asked.append((device.type, amp)) or nullcontext(),
+    )
+
+    sampler(amp=False, num_steps=2)([0], unet())
+    sampler(num_steps=2)([0], unet())
+
+    assert asked == [("cpu", False)] * 2 + [("cpu", True)] * 2
+    assert autocast_of_trainer is autocast
 
 
 def test_the_mask_sees_the_surroundings_at_every_step():

@@ -212,22 +212,61 @@ def test_flow_timesteps_shift_with_the_size_of_the_latents():
 
 
 @pytest.mark.parametrize(
-    ("name", "spacing", "expected"),
+    ("name", "spacing", "expected", "last", "evaluations"),
     [
-        ("ddim", "leading", [480, 460, 440]),
-        ("unipc", "trailing", [499, 479, 459]),
-        ("dpm++", "linspace", [489, 469, 449]),
-        ("dpm++", "quadratic", [481, 453, 426]),
-        ("pndm", "leading", [480, 460, 460]),
+        ("ddim", "leading", [499, 478, 457], 0, 25),
+        ("unipc", "trailing", [499, 479, 459], 19, 25),
+        ("dpm++", "linspace", [499, 478, 457], 0, 25),
+        ("dpm++", "quadratic", [499, 470, 442], 0, 35),
+        ("pndm", "trailing", [499, 479, 479], 19, 26),
     ],
 )
-def test_strength_is_a_part_of_the_training_whatever_the_spacing(name, spacing, expected):
+def test_strength_makes_a_list_of_its_own(name, spacing, expected, last, evaluations):
     sampler = Sampler(training(), name, 50, spacing)
 
     sampler.start(0.5)
 
     assert sampler.timesteps[:3].tolist() == expected
+    assert sampler.timesteps[-1] == last
+    assert len(sampler.timesteps) == evaluations
     assert len(sampler.levels) == len(sampler.timesteps) + 1
+    sampler.start()
+    assert sampler.timesteps.tolist() == Sampler(training(), name, 50, spacing).timesteps.tolist()
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_steps", [2, 5, 10, 20, 1000])
+@pytest.mark.parametrize("name", BETAS)
+def test_start_at_a_strength_depends_neither_on_spacing_nor_on_steps(name, num_steps, spacing):
+    sampler, betas = Sampler(training(), name, num_steps, spacing), training().betas.double().numpy()
+
+    for strength, first in ((0.001, 0), (0.3, 299), (0.5, 499), (0.7, 699), (0.9, 899), (0.999, 998)):
+        sampler.start(strength)
+
+        assert sampler.timesteps[0] == first
+        assert sampler.levels[0][0] == pytest.approx(math.sqrt(np.prod(1 - betas[: first + 1])))
+        distinct = sampler.timesteps.unique_consecutive()
+        assert (distinct.diff() < 0).all()
+        assert distinct[-1] >= 0
+        assert len(distinct) <= num_steps
+
+
+def test_start_of_a_flow_at_a_strength_is_that_part_of_the_way():
+    settings = {"use_timestep_transform": True, "base_img_size_numel": 32 * 32}
+    for scheduler in (
+        RFlowScheduler(1000, use_discrete_timesteps=True),
+        RFlowScheduler(1000, use_discrete_timesteps=False),
+        RFlowScheduler(1000, use_discrete_timesteps=False, **settings),
+    ):
+        for num_steps in (3, 7, 50):
+            sampler = Sampler(scheduler, "rflow", num_steps, latent_shape=(3, 64, 64))
+            for strength in (0.3, 0.5, 0.7, 0.9):
+                sampler.start(strength)
+
+                assert sampler.timesteps[0] == pytest.approx(1000 * strength)
+                assert sampler.levels[0] == pytest.approx((1 - strength, strength))
+                assert len(sampler.timesteps) == round(num_steps * strength)
+                assert (sampler.timesteps.diff() < 0).all()
 
 
 def test_strength_of_a_flow():

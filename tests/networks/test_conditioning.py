@@ -192,16 +192,16 @@ def test_prompt_of_300_words_is_cut_off_and_said_so_once(folder, caplog):
 
     (record,) = caplog.records
     number = len(text._tokenizer(prompt, verbose=False).input_ids)
-    dropped = prompt[prompt.index("cardiohepatopathy") :]
+    dropped = prompt[prompt.index("pathy") :]
     assert f"reads 77 tokens, the prompt 'normal normal normal normal normal norma'... has {number}: " in record.message
-    assert record.message.endswith(f"dropped from its end: {dropped!r}")
+    assert record.message.endswith(f"dropped from its end: {number - 77} tokens, {dropped[:100]!r}...")
     with caplog.at_level(logging.WARNING):
         context(text, [prompt + " again"])
     assert len(caplog.records) == 2
     # what is left is the prompt up to there, the cut word in part
     assert torch.equal(found[0], found[1])
     kept = text._tokenizer.decode(text.tokenize([prompt])[0], skip_special_tokens=True)
-    assert kept.startswith("normal " * 70 + "cardio")
+    assert (kept + dropped).replace("\n", "").startswith(prompt[:120])
 
 
 def test_log_is_not_flooded_by_long_reports(folder, caplog, monkeypatch):
@@ -278,14 +278,18 @@ def edit_weights(copy, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def edit_config(copy, **changes):
+    path = copy / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def remove_tokens(copy):
     def change(weights):
         name = "text_model.embeddings.token_embedding.weight"
         weights[name] = weights[name][:100].clone()
 
     edit_weights(copy, change)
-    path = copy / "text_encoder" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
+    edit_config(copy, vocab_size=100)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,17 @@ def remove_tokens(copy):
         (lambda copy: (copy / "tokenizer" / "vocab.json").write_text("{"), "no tokenizer that can be read"),
         (lambda copy: (copy / "text_encoder" / "model.safetensors").unlink(), "no weights .* in .*text_encoder"),
         (lambda copy: (copy / "text_encoder" / "config.json").unlink(), "no config.json of a CLIP text model"),
-        (lambda copy: (copy / "text_encoder" / "config.json").write_text("{"), "no config.json of a CLIP text model"),
+        *(
+            (
+                lambda copy, text=text: (copy / "text_encoder" / "config.json").write_text(text),
+                "no config.json of a CLIP text model",
+            )
+            for text in ("{", "", "[1]", '{"hidden_size": "32"}', '{"hidden_size": 32, "num_attention_heads": 0}')
+        ),
+        (
+            lambda copy: edit_config(copy, num_hidden_layers=1),
+            "holds 16 weights that the config.json beside it has no place for, among them encoder.layers.1",
+        ),
         (
             lambda copy: (copy / "text_encoder" / "model.safetensors").write_bytes(b"short"),
             "not a file of plain weights",
@@ -340,7 +354,38 @@ def test_fingerprint_tells_text_models_and_null_captions_apart(folder, copy, tex
 
     assert len({text.fingerprint, eos, retrained}) == 3
     assert "null_caption=eos" in eos
-    assert eos.split()[:3] == text.fingerprint.split()[:3]
+    assert eos.split()[:4] == text.fingerprint.split()[:4]
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "quick_gelu"}, {"num_attention_heads": 4}, {"layer_norm_eps": 0.1}])
+def test_fingerprint_tells_architectures_apart(copy, text, change):
+    edit_config(copy, **change)
+    other = CLIPTextConditioner(copy, WIDTH)
+    assert not torch.equal(context(other, CAPTIONS[:1]), context(text, CAPTIONS[:1]))
+    assert other.fingerprint != text.fingerprint
+
+
+def test_fingerprint_tells_merges_apart(copy, text):
+    path = copy / "tokenizer" / "merges.txt"
+    path.write_text("\n".join(path.read_text().splitlines()[:50]) + "\n")
+    other = CLIPTextConditioner(copy, WIDTH)
+    assert not torch.equal(other.tokenize(CAPTIONS[:1]), text.tokenize(CAPTIONS[:1]))
+    assert other.fingerprint != text.fingerprint
+
+
+def test_position_ids_of_older_files_do_not_matter(copy, text):
+    edit_weights(copy, lambda weights: weights.update({"text_model.embeddings.position_ids": torch.arange(77)[None]}))
+    assert torch.equal(context(CLIPTextConditioner(copy, WIDTH), CAPTIONS), context(text, CAPTIONS))
+
+
+def test_no_captions_have_an_empty_context(text):
+    assert context(text, []).shape == (0, 77, WIDTH)
+
+
+@pytest.mark.parametrize("width", ["32", 32.0, True, 0])
+def test_width_that_is_no_whole_number_is_refused(folder, width):
+    with pytest.raises(UserError, match="--context_dim must be a whole number of at least 1, got"):
+        CLIPTextConditioner(folder, width)
 
 
 def test_fingerprint_tells_paddings_apart(copy, text):

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from medgen.data import load_datalist, validate_datalist
+from medgen.data import load_classes, load_datalist, validate_datalist
 from medgen.data.phantom import PhantomSpec, write_phantom
 from preprocessing import _convert as c
 from preprocessing import mimic_cxr
@@ -60,7 +60,7 @@ def _small(root, views=("PA", "AP", "PA"), reports=True, suffix=".jpg"):
     """A tree of as many patients with one image each, its tables written by hand."""
     rows = ["dicom_id,subject_id,study_id,ViewPosition"]
     for number, view in enumerate(views):
-        patient, study, name = f"1000000{number}", f"5000000{number}", DICOM.format(number)
+        patient, study, name = f"{10000000 + number}", f"{50000000 + number}", DICOM.format(number)
         folder = root / f"files/p10/p{patient}/s{study}"
         folder.mkdir(parents=True)
         pixels = np.random.default_rng(number).integers(0, 256, (40, 48), dtype=np.uint8)
@@ -132,11 +132,13 @@ def test_every_image_becomes_a_png_in_the_same_folders(source, prepared):
 
 
 def test_image_is_the_jpeg_unless_it_is_resized(source, prepared):
-    name = "files/" + min(path.relative_to(source / "files").as_posix() for path in source.rglob("*.jpg"))
+    name = next(row["file"] for row in _truth(source) if row["view"] == "PA")
     expected = np.asarray(Image.open(source / name))
-    if expected.shape == (32, 32):
-        written = prepared[0] / "images" / Path(name).relative_to("files").with_suffix(".png")
-        assert np.abs(np.asarray(Image.open(written)).astype(int) - expected).max() <= 1
+    assert expected.shape == (32, 32)
+    assert expected.std() > 20
+
+    written = prepared[0] / "images" / Path(name).relative_to("files").with_suffix(".png")
+    np.testing.assert_array_equal(np.asarray(Image.open(written)), expected)
 
 
 def test_items_carry_what_the_tables_say(source, prepared):
@@ -268,6 +270,49 @@ def test_only_a_changed_report_is_read_again(tmp_path):
     assert [item["sentences"] for item in _items(target)] == [["Finding 0 is seen."], ["Something else."]]
 
 
+def test_what_came_of_a_file_that_is_gone_is_removed_and_nothing_else(tmp_path, capsys):
+    source = _small(tmp_path / "s", views=("PA",) * 4)
+    target = tmp_path / "t"
+    for step in STEPS:
+        assert _run(step, source, target) == 0
+    mine = [target / "images/mine.png", target / "sections/files/p10/mine.json"]
+    for path in mine:
+        path.write_text("mine")
+    (source / "files/p10/p10000001/s50000001.txt").unlink()
+    next(source.glob("files/p10/p10000002/s50000002/*.jpg")).unlink()
+    with open(target / "sections" / c.JOURNAL, "a") as journal:  # a target from elsewhere
+        entry = {"stem": "x", "file": "x.txt", "images": ["../images/mine.png", str(mine[0])], "bytes": [4, 4]}
+        journal.write(json.dumps(entry) + "\n")
+    capsys.readouterr()
+
+    assert [_run(step, source, target) for step in STEPS] == [0, 3, 0, 3]
+
+    assert "note: removed the results of files that are not asked for any more: 1\n" in capsys.readouterr().err
+    assert all(path.exists() for path in mine)
+    said = {item["study"]: (item["sentences"], item["text"]) for item in _items(target)}
+    assert said["50000001"] == ([], "")
+    assert set(said) == {"50000000", "50000001", "50000003"}
+    left = {path.stem for path in target.rglob("*.*") if path.suffix in (".png", ".json") and path not in mine}
+    assert "s50000001" not in left
+    assert DICOM.format(2) not in left
+    assert {DICOM.format(0), DICOM.format(1), DICOM.format(3), "s50000000", "s50000003"} <= left
+    assert "s50000001" not in (target / "sections/mimic_cxr_sectioned.csv").read_text()
+
+
+@pytest.mark.parametrize("killed", ["_leave", "write_datalist"])
+def test_create_ids_killed_before_its_end_can_be_run_again(organised, tmp_path, monkeypatch, killed):
+    shutil.copytree(organised[1], tmp_path / "t")
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mimic_cxr, killed, kill)
+        assert _run("create_ids", organised[0], tmp_path / "t") == 130
+    assert _run("create_ids", organised[0], tmp_path / "t") == 0
+    assert len(_items(tmp_path / "t")) == 1
+
+
 @pytest.mark.parametrize(
     ("done", "step", "first"),
     [
@@ -379,7 +424,7 @@ def test_command_imports_no_framework():
 # images
 
 
-def test_dicom_becomes_the_same_images_and_the_jpeg_of_a_pair_is_taken(tmp_path):
+def test_dicom_becomes_the_same_images_and_the_jpeg_of_a_pair_is_taken(tmp_path, capsys):
     spec = PhantomSpec(patients=3, images_per_patient=1, size=32, seed=1)
     write_phantom("mimic-cxr", tmp_path / "jpg", spec)
     write_phantom("mimic-cxr-dicom", tmp_path / "dcm", spec)
@@ -388,7 +433,8 @@ def test_dicom_becomes_the_same_images_and_the_jpeg_of_a_pair_is_taken(tmp_path)
     assert _run("create_ids", tmp_path / "dcm", tmp_path / "from_dcm", "--view", "all") == 0
     assert _run("organise", tmp_path / "jpg", tmp_path / "from_jpg") == 0
     shutil.copytree(tmp_path / "dcm" / "files", tmp_path / "jpg" / "files", dirs_exist_ok=True)
-    assert _run("organise", tmp_path / "jpg", tmp_path / "from_both") == 3
+    capsys.readouterr()
+    assert _run("organise", tmp_path / "jpg", tmp_path / "from_both") == 0
 
     paths = [item["image"] for item in _items(tmp_path / "from_dcm")]
     assert len(paths) >= 3
@@ -396,12 +442,54 @@ def test_dicom_becomes_the_same_images_and_the_jpeg_of_a_pair_is_taken(tmp_path)
         jpg, dcm, both = (np.asarray(Image.open(tmp_path / f"from_{t}" / path)) for t in ("jpg", "dcm", "both"))
         assert np.abs(jpg.astype(float) - dcm).mean() < 4  # JPEG's loss; an inverted image would be far off
         np.testing.assert_array_equal(both, jpg)
-    reasons = _reasons(tmp_path / "from_both")
-    assert len(reasons) == len(paths)
-    assert all(
-        file.endswith(".dcm") and reason.startswith("organise: the same image as files/p1")
-        for file, reason in reasons.items()
-    )
+    assert not _reasons(tmp_path / "from_both")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: {len(paths)} images are there as JPEG and as DICOM; the JPEG was taken"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_dicom_is_used_where_the_jpeg_cannot_be(tmp_path, late):
+    spec = PhantomSpec(patients=2, images_per_patient=1, size=32, seed=1)
+    write_phantom("mimic-cxr", tmp_path / "s", spec)
+    write_phantom("mimic-cxr-dicom", tmp_path / "dcm", spec)
+    source, target = tmp_path / "s", tmp_path / "t"
+    damaged, *others = sorted(source.rglob("*.jpg"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"damaged")
+    name = damaged.relative_to(source).as_posix()
+    if late:
+        assert _run("organise", source, target) == 3
+        assert set(_reasons(target)) == {name}
+    # in folders of their own, as two downloads side by side
+    shutil.copytree(tmp_path / "dcm" / "files", source / "dicom" / "files")
+
+    for _ in range(2):  # the second run takes it from the journal
+        assert _run("organise", source, target) == 3
+        assert len(list((target / "images").rglob("*.png"))) == 1 + len(others)
+        reasons = _reasons(target)
+        assert set(reasons) == {name}
+        assert reasons[name].endswith("; its DICOM file was used")
+    assert _run("organise", tmp_path / "dcm", tmp_path / "only") == 0
+    png = damaged.relative_to(source / "files").with_suffix(".png")
+    assert (target / "images" / png).read_bytes() == (tmp_path / "only/images" / png).read_bytes()
+
+    dicom = next((source / "dicom").rglob(f"{damaged.stem}.dcm"))
+    dicom.write_bytes(b"damaged, too")
+    assert _run("organise", source, target) == 3
+    assert "; its DICOM file: " in _reasons(target)[name]
+    assert not (target / "images" / png).exists()
+    damaged.write_bytes(whole)
+    assert _run("organise", source, target) == 0
+    assert not _reasons(target)
+
+
+def test_two_jpegs_of_one_image_are_a_row(tmp_path):
+    source = _small(tmp_path / "s", views=("PA",))
+    shutil.copytree(source / "files", source / "copy" / "files")
+
+    assert _run("organise", source, tmp_path / "t") == 3
+    name = f"files/p10/p10000000/s50000000/{DICOM.format(0)}.jpg"
+    assert _reasons(tmp_path / "t") == {f"files/{name[6:]}": f"organise: the same image as copy/{name}"}
 
 
 @pytest.mark.parametrize("shape", [(640, 520), (161, 129), (64, 90)])
@@ -420,6 +508,29 @@ def test_large_jpeg_is_reduced_like_one_decoded_whole(tmp_path, shape):
     difference = np.abs(pictures[0] - pictures[1])
     assert difference.max() <= 3
     assert difference.mean() < 0.5
+
+
+def test_large_jpeg_keeps_orientation_and_polarity(tmp_path, monkeypatch):
+    source = _small(tmp_path / "s", views=("PA",))
+    path = next(source.rglob("*.jpg"))
+    row, column = np.mgrid[:1000, :800] / 1000
+    # bright at the upper right; no symmetry, and detail finer than a pixel of the PNG
+    picture = 0.1 + 0.5 * column + 0.4 * (1 - row) + 0.05 * np.sin(600 * row + 200 * column)
+    exif = Image.Exif()
+    exif[274] = 6  # shown turned by 90 degrees
+    Image.fromarray((255 * picture).astype(np.uint8)).save(path, quality=95, exif=exif)
+    decoded = []
+    render = c.render
+    monkeypatch.setattr(c, "render", lambda pixels, settings: decoded.append(pixels.shape) or render(pixels, settings))
+
+    assert _run("organise", source, tmp_path / "t") == 0
+
+    assert decoded == [(100, 125)]  # an eighth, turned
+    whole = ImageOps.exif_transpose(Image.open(path)).convert("F").resize((40, 32), Image.Resampling.BICUBIC)
+    written = np.asarray(Image.open(next((tmp_path / "t/images").rglob("*.png")))).astype(float)
+    assert written.shape == (32, 40)
+    assert np.abs(written - np.asarray(whole)).max() <= 2
+    assert written[-1, -1] > written[0, 0] + 150
 
 
 def test_upside_down_colour_and_constant_jpegs_are_told_apart(tmp_path):
@@ -517,6 +628,56 @@ def test_shares_and_numbers_in_the_same_proportion_give_the_same_split(source, c
     assert lists[0] == lists[1]
 
 
+def test_no_patient_changes_split_when_more_images_are_organised(tmp_path):
+    source = _small(tmp_path / "s", views=("PA",) * 30, reports=False)
+    later = sorted((source / "files/p10").iterdir())[::3]
+    (tmp_path / "away").mkdir()
+    for folder in later:
+        folder.rename(tmp_path / "away" / folder.name)
+    splits = []
+    for code in (3, 0):
+        _run("organise", source, tmp_path / "t")
+        assert _run("create_ids", source, tmp_path / "t", "--split", 0.5, 0.25, 0.25) == code
+        splits.append({item["patient"]: item["split"] for item in _items(tmp_path / "t")})
+        if code:
+            for folder in later:
+                (tmp_path / "away" / folder.name).rename(folder)
+
+    assert (len(splits[0]), len(splits[1])) == (20, 30)
+    assert set(splits[0].values()) == set(SPLITS)
+    assert splits[0].items() <= splits[1].items()
+
+
+def test_label_is_a_class_that_a_model_can_be_trained_on(tmp_path, capsys):
+    source = _small(tmp_path / "s", views=("PA",) * 7, reports=False)
+    head = ("subject_id", "study_id", *mimic_cxr.FINDINGS, "No Finding")
+    given = ({"Edema": "1.0"}, {"Edema": "0.0", "Fracture": "1.0"}, {"No Finding": "1.0"}, {"Edema": "-1.0"})
+    given += ({"Fracture": "1.0"}, {"No Finding": "1.0", "Support Devices": "1.0"})  # and a study without a row
+    with open(source / "mimic-cxr-2.0.0-chexpert.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, head, restval="")
+        table.writeheader()
+        for number, row in enumerate(given):
+            table.writerow({"subject_id": f"1000000{number}", "study_id": f"5000000{number}", **row})
+    _run("organise", source, tmp_path / "t")
+    capsys.readouterr()
+
+    assert _run("create_ids", source, tmp_path / "t", "--label", "Edema", "--split", 1, 0, 0) == 0
+
+    assert "left out by --label Edema: 3 images, where it is uncertain or not mentioned" in capsys.readouterr().out
+    items = load_classes(tmp_path / "t/datalist.json", "training", num_classes=2)
+    assert {item["study"][-1]: item["label"] for item in items} == {"0": 1, "1": 0, "2": 0, "5": 0}
+    assert validate_datalist(tmp_path / "t/datalist.json")["label_names"] == ["No Edema", "Edema"]
+    assert _run("create_ids", source, tmp_path / "t", "--label", "Fracture", "--split", 1, 0, 0) == 1
+    assert "label Edema (now Fracture)" in capsys.readouterr().err
+    # No Finding says nothing of support devices
+    (tmp_path / "t/datalist.json").unlink()
+    assert _run("create_ids", source, tmp_path / "t", "--label", "Support Devices", "--split", 1, 0, 0) == 0
+    assert {item["study"][-1]: item["label"] for item in _items(tmp_path / "t")} == {"5": 1}
+    (tmp_path / "t/datalist.json").unlink()
+    assert _run("create_ids", source, tmp_path / "t", "--label", "Pneumonia", "--view", "PA", "--split", 0, 0, 1) == 0
+    assert {item["label"] for item in _items(tmp_path / "t")} == {0}
+
+
 def test_official_split_is_followed(source, copy):
     (copy / "datalist.json").unlink()
 
@@ -573,7 +734,7 @@ def test_a_split_file_that_divides_a_patient_is_refused(tmp_path, capsys):
         ("--metadata", "dicom_id,Ansicht\xfc\n".encode("latin-1"), "cannot be read as a CSV table"),
         ("--metadata", None, "is no file"),
         ("--chexpert", b"subject_id,study_id\n1,2\n", "lacks Atelectasis, "),
-        ("--chexpert", f"study_id,{','.join(mimic_cxr.FINDINGS)}\n5,yes{',' * 12}\n".encode(), "got 'yes'"),
+        ("--chexpert", f"study_id,{','.join(mimic_cxr.FINDINGS)},No Finding\n5,yes{',' * 13}\n".encode(), "got 'yes'"),
         ("--split-file", b"dicom_id,split\na,valid\n", "split must be train, validate, test, got 'valid' (a)"),
     ],
 )
@@ -593,6 +754,9 @@ def test_table_that_is_wrong_is_one_line(organised, tmp_path, capsys, option, co
     [
         (("--split", 0.5, 0.2, 0.2), "must be 0 or more and sum to 1"),
         (("--split", -1, 1, 1), "must be 0 or more and sum to 1"),
+        (("--split", 0.8, 0.2, 0.2), "must be 0 or more and sum to 1"),
+        (("--label", "Effusion"), "--label must be one of Atelectasis, "),
+        (("--label", "Edema"), "--label needs mimic-cxr-2.0.0-chexpert.csv in --source"),
         (("--view", "LL"), "expected images with view LL, got none of the 1"),
         (("--official",), "expected mimic-cxr-2.0.0-split.csv in --source"),
     ],
@@ -639,6 +803,34 @@ def test_reports_are_read_out_of_their_archive_and_no_name_leads_out(source, pre
     reasons = _reasons(tmp_path / "t")
     assert reasons["copy/p10/p10999998/s50999998.txt"].startswith("sections: a second report of the study")
     assert "larger than 1048576 bytes" in reasons["files/p10/p10999997/s50999997.txt"]
+
+
+def test_loose_reports_and_those_of_the_archive_are_merged(tmp_path, capsys):
+    source = _small(tmp_path / "s", views=("PA", "PA"))
+    loose = source / "files/p10/p10000001/s50000001.txt"
+    with zipfile.ZipFile(source / "mimic-cxr-reports.zip", "w") as archive:
+        for number in (0, 1):
+            archive.writestr(f"files/p10/p1000000{number}/s5000000{number}.txt", "\n FINDINGS:  Out of the archive.\n")
+    (source / "files/p10/p10000000/s50000000.txt").unlink()
+    for step in STEPS:
+        assert _run(step, source, tmp_path / "t") == 0
+
+    texts = {item["study"]: item["text"] for item in _items(tmp_path / "t")}
+    assert texts == {"50000000": "Out of the archive.", "50000001": "Finding 1 is seen."}
+    loose.unlink()
+    assert [_run(step, source, tmp_path / "t") for step in ("sections", "sentences")] == [0, 0]
+    assert {item["text"] for item in _items(tmp_path / "t")} == {"Out of the archive."}
+
+
+def test_sections_without_overrides_say_so(tmp_path, capsys):
+    source = _small(tmp_path / "s", views=("PA",))
+    (tmp_path / "o.csv").write_text("study,section,start,end\n")
+
+    assert _run("sections", source, tmp_path / "t") == 0
+    note = "note: MIMIC-CXR's 54 manual overrides are not applied; sections --help says how (--overrides)"
+    assert capsys.readouterr().err.count(note) == 1
+    assert _run("sections", source, tmp_path / "u", "--overrides", tmp_path / "o.csv") == 0
+    assert note not in capsys.readouterr().err
 
 
 def test_reports_may_lie_elsewhere(tmp_path):

@@ -270,6 +270,16 @@ def test_all_labels_say_something_of_their_own():
         ("Lung Opacity", "Severe left lower lobe opacities.", ["severe lung opacity"]),
         ("Support Devices", "mild support devices", []),
         ("Pleural Other", "mild pleural thickening", None),
+        ("Edema", "There is no evidence of severe pulmonary edema.", []),
+        ("Edema", "The lungs are free of moderate edema.", []),
+        ("Edema", "Negative for mild edema. Resolved severe edema.", []),
+        ("Edema", "Atelectasis rather than mild edema.", []),
+        ("Edema", "Interval resolution of the moderate edema.", []),
+        ("Edema", "Previously severe edema has improved. Mild edema has resolved.", []),
+        ("Edema", "No pneumothorax or moderate effusion. Mild edema.", ["mild edema"]),
+        ("Edema", "No effusion, but moderate edema.", ["moderate edema"]),
+        ("Edema", "Severe edema without effusion.", ["severe edema"]),
+        ("Edema", "No significant interval change in moderate edema.", ["moderate edema"]),
     ],
 )
 def test_degrees_of_the_report(label, report, variants):

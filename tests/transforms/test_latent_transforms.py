@@ -7,9 +7,21 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from monai.transforms import CenterSpatialCropd, Compose, LoadImaged, RandAffined
+from monai.transforms import (
+    CenterSpatialCropd,
+    Compose,
+    Lambdad,
+    LoadImaged,
+    NormalizeIntensityd,
+    Rand2DElasticd,
+    RandAffined,
+    RandBiasFieldd,
+    RandFlipd,
+    RandShiftIntensityd,
+    RandSpatialCropd,
+)
 
-from medgen.data import LatentScaling
+from medgen.data import LatentScaling, MedicalImageReader
 from medgen.errors import UserError
 from medgen.transforms import AugmentedCopiesd, LoadLatentd, ResizeShorterSided, transform_digest
 
@@ -162,3 +174,58 @@ def test_digest_tells_settings_apart():
     assert transform_digest(chain()) == digest
     others = [chain(size=32), chain(crop=32), chain(degrees=6), Compose(chain().transforms[:3])]
     assert len({digest, *map(transform_digest, others)}) == 5
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        affine(),
+        RandFlipd("image", prob=0.5),
+        RandShiftIntensityd("image", offsets=0.1, prob=0.5),
+        RandBiasFieldd("image", prob=0.5),
+        RandSpatialCropd("image", roi_size=(8, 8)),
+        Rand2DElasticd("image", spacing=(8, 8), magnitude_range=(1, 2), prob=0.5),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)
+def test_what_a_random_transform_has_drawn_is_no_setting(transform):
+    before = transform_digest(transform)
+    transform.set_random_state(1)
+    for _ in range(4):
+        transform({"image": torch.rand(1, 16, 16)})
+
+    assert transform_digest(transform) == before
+
+
+def test_digest_takes_numbers_by_value_and_functions_by_name():
+    digests = [
+        transform_digest(transform)
+        for transform in (
+            NormalizeIntensityd("image", subtrahend=np.float32(1)),
+            NormalizeIntensityd("image", subtrahend=np.float32(2)),
+            NormalizeIntensityd("image", subtrahend=torch.tensor(1.0)),
+            NormalizeIntensityd("image", subtrahend=torch.tensor(2.0)),
+            Lambdad("image", torch.sqrt),
+            Lambdad("image", torch.exp),
+            LoadImaged("image", reader=MedicalImageReader),
+            LoadImaged("image", reader=MedicalImageReader, frame=1),
+        )
+    ]
+
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize("function", [lambda x: x, torch.nn.ReLU(), np.sqrt], ids=["lambda", "module", "ufunc"])
+def test_functions_that_cannot_be_told_apart_have_no_digest(function):
+    with pytest.raises(UserError, match="a transform") as caught:
+        transform_digest([Lambdad("image", function)])
+
+    assert "\n" not in str(caught.value)
+
+
+def test_digest_does_not_depend_on_the_readers_that_are_installed():
+    load = LoadImaged("image", reader=MedicalImageReader)
+    before = transform_digest(load)
+    del load._loader.readers[0]
+
+    assert transform_digest(load) == before

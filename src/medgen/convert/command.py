@@ -13,11 +13,10 @@ import typer
 from medgen.errors import UserError
 
 if TYPE_CHECKING:
+    from medgen.convert.latent_diffusion import ConvertedNetwork
     from medgen.convert.stylegan2 import ConvertedStyleGAN2
 
 __all__ = ["app"]
-
-SOURCE_SCALE = 0.3  # of the chest radiographs' latents, 1 / standard deviation (Warvito/generative_chestxray)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,20 +94,47 @@ def latent_diffusion(
         ),
     ] = None,
     scale: Annotated[
-        float, typer.Option("--scale", help="With --autoencoder: what the diffusion network's latents were times.")
-    ] = SOURCE_SCALE,
+        float | None,
+        typer.Option(
+            "--scale",
+            help="With --autoencoder: what the diffusion network's latents were times.  [default: scale_factor of the "
+            "file; for the source's network, 0.3]",
+        ),
+    ] = None,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(
+            "--prediction_type",
+            help="What a diffusion network gives: epsilon, v_prediction or sample.  [default: for the source's "
+            "network, v_prediction]",
+        ),
+    ] = None,
     config: Config = None,
     force: Force = False,
 ) -> None:
-    """Networks of monai-generative or MONAI to autoencoder.pt or model.pt and an overlay."""
+    """Networks of monai-generative or MONAI to autoencoder.pt or model.pt and an overlay.
+
+    A diffusion network gets trained_as.json beside it, with what is known of its training: sampling with other settings
+    is refused.
+    """
     config = _targets(output, config, force)
-    scaling = output.with_name("scaling.json")
+    scaling, record = output.with_name("scaling.json"), output.with_name("trained_as.json")
+    files = [output, config, scaling, record, *([] if autoencoder is None else [autoencoder])]
+    if len({path.resolve() for path in files}) < len(files):
+        raise UserError(
+            f"expected different files, got {', '.join(map(str, files))}; choose another --output or --config"
+        )
+    if autoencoder is None and scale is not None:
+        raise UserError("--scale goes into the scaling of an autoencoder's latents; name it with --autoencoder")
     if autoencoder is not None:
         _check_target("the scaling", scaling, ".json", force)
-        if not autoencoder.is_file():
-            raise UserError(f"--autoencoder must be a converted autoencoder, got {autoencoder}, which is not there")
-        if not (scale > 0 and math.isfinite(scale)):
+        _check_autoencoder(autoencoder)
+        if scale is not None and not (scale > 0 and math.isfinite(scale)):
             raise UserError(f"--scale must be a number above 0, got {scale}")
+    if prediction_type is not None:
+        from medgen.settings import check_choice
+
+        check_choice(["epsilon", "v_prediction", "sample"], prediction_type=prediction_type)
     heads = None
     if num_head_channels is not None:
         from medgen.inferers import parse_numbers
@@ -117,19 +143,50 @@ def latent_diffusion(
     from medgen.convert.latent_diffusion import convert_latent_diffusion
 
     converted = convert_latent_diffusion(source, network, heads, norm_num_groups)
-    if converted.is_autoencoder and autoencoder is not None:
-        raise UserError(f"--autoencoder belongs to a diffusion network, got it with {source}, an autoencoder itself")
-    _write_files(converted.state, converted.overlay, output, config)
     name, levels = converted.network.__name__, "-".join(map(str, converted.settings["channels"]))
-    typer.echo(f"{source}, {levels} channels -> {output} for {name}, {config} with its settings")
+    done = f"{source}, {levels} channels -> {output} for {name}, {config} with its settings"
+    if converted.is_autoencoder:
+        for option, given in {"--autoencoder": autoencoder, "--prediction_type": prediction_type}.items():
+            if given is not None:
+                raise UserError(f"{option} belongs to a diffusion network, got it with {source}, an autoencoder itself")
+        _write_files(converted.state, converted.overlay, output, config)
+        typer.echo(done)
+        return
+    _check_target("the record of the training", record, ".json", force)
+    given = {} if prediction_type is None else {"prediction_type": prediction_type}
+    overlay, trained_as = converted.overlay | given, converted.trained_as | given
     if autoencoder is not None:
         from medgen.data import LatentScaling
         from medgen.data.image_set import file_sha256
 
-        LatentScaling((scale,), (0.0,), file_sha256(autoencoder)).write(scaling)
-        typer.echo(f"scale {scale:g} of the latents of {autoencoder} -> {scaling}")
-    elif not converted.is_autoencoder:
+        scale, origin = _scale(converted, scale, source)
+        factors = LatentScaling((scale,), (0.0,), file_sha256(autoencoder))
+        trained_as |= {
+            "autoencoder": factors.autoencoder_sha256,
+            "scale": list(factors.scale),
+            "shift": list(factors.shift),
+        }
+    _write_files(converted.state, overlay, output, config)
+    _write_json(trained_as, record, "--output")
+    typer.echo(done)
+    typer.echo(f"what is known of its training -> {record}")
+    if autoencoder is not None:
+        factors.write(scaling)
+        typer.echo(f"scale {scale:g} ({origin}) of the latents of {autoencoder} -> {scaling}")
+    else:
         typer.echo("no scaling.json: convert the autoencoder, then this again with --autoencoder and --force")
+    if converted.is_source:
+        typer.echo(
+            f"built like the source's network, so taken to be trained like it: {trained_as['prediction_type']}, betas "
+            f"{trained_as['beta_start']} to {trained_as['beta_end']}, null caption {trained_as['null_caption']}"
+        )
+    else:
+        unknown = "" if prediction_type else "--prediction_type, "
+        typer.echo(
+            f"the file does not tell how it was trained: set {unknown}--beta_start, --beta_end, --num_train_timesteps"
+            f"{' and --null_caption' if converted.overlay['conditioning'] == 'text' else ''} as in its training when "
+            "you sample"
+        )
 
 
 @app.command("to-stylegan2-ada")
@@ -146,6 +203,35 @@ def to_stylegan2_ada(
     official = to_official(read_state_dict(source))
     _save_weights(official, output)
     typer.echo(f"{len(official)} tensors of {source} under their official names -> {output}")
+
+
+def _check_autoencoder(path: Path) -> None:
+    """See that weights are those that this command writes for an autoencoder."""
+    if not path.is_file():
+        raise UserError(f"--autoencoder must be a converted autoencoder, got {path}, which is not there")
+    from medgen.convert.latent_diffusion import is_converted_autoencoder
+    from medgen.weights import read_state_dict
+
+    if not is_converted_autoencoder(read_state_dict(path)):
+        raise UserError(
+            f"--autoencoder must be a converted autoencoder, got {path} with weights of something else; convert the "
+            "autoencoder first"
+        )
+
+
+def _scale(converted: ConvertedNetwork, scale: float | None, source: Path) -> tuple[float, str]:
+    """What a diffusion network's latents were times, and who says so."""
+    from medgen.convert.latent_diffusion import SCALE_FACTOR, SOURCE_SCALE
+
+    if scale is not None:
+        return scale, "--scale"
+    if converted.scale_factor is not None:
+        return converted.scale_factor, f"{SCALE_FACTOR} of {source}"
+    if converted.is_source:
+        return SOURCE_SCALE, "the source's"
+    raise UserError(
+        f"{source} does not tell what its latents were multiplied by; name it with --scale, such as --scale 0.3"
+    )
 
 
 def _targets(output: Path, config: Path | None, force: bool) -> Path:
@@ -174,13 +260,17 @@ def _write(converted: ConvertedStyleGAN2, source: str, output: Path, config: Pat
 
 
 def _write_files(state: Mapping[str, Any], overlay: Mapping[str, Any], output: Path, config: Path) -> None:
+    _save_weights(state, output)
+    _write_json(overlay, config, "--config")
+
+
+def _write_json(content: Mapping[str, Any], path: Path, option: str) -> None:
     from medgen.output import atomic_write_text
 
-    _save_weights(state, output)
     try:
-        atomic_write_text(config, json.dumps(overlay, indent=4) + "\n")
+        atomic_write_text(path, json.dumps(content, indent=4) + "\n")
     except OSError as error:
-        raise UserError(f"{config} cannot be written ({error.strerror or error}); choose another --config") from error
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another {option}") from error
 
 
 def _save_weights(state: Mapping[str, Any], output: Path) -> None:

@@ -10,6 +10,7 @@ without a word and give other images.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,12 @@ from medgen.errors import UserError
 from medgen.networks import KLAutoencoder
 from medgen.weights import check_same_shapes
 
-__all__ = ["ConvertedNetwork", "convert_latent_diffusion", "convert_state_dict"]
+__all__ = ["ConvertedNetwork", "convert_latent_diffusion", "convert_state_dict", "is_converted_autoencoder"]
 
 # What a pickled module or a checkpoint names beside tensors; all of it becomes inert records, nothing is imported.
-PACKAGES = ("generative", "monai", "torch", "numpy", "_codecs")
-WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+PACKAGES = ("generative", "monai", "torch", "numpy", "_codecs", "einops")
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile and of modules around a network
+SCALE_FACTOR = "scale_factor"  # the latents' factor, where a checkpoint has it
 MLFLOW_WEIGHTS = Path("data") / "model.pth"
 
 _ATTENTION = r"(?:down|up)_blocks\.\d+\.attentions\.\d+|middle_block\.attention|(?:en|de)coder\.blocks\.\d+"
@@ -66,6 +68,15 @@ SOURCE_DIFFUSION = {
 }
 SOURCE_HEADS = [0, 512, 768]
 SOURCE_GROUPS = 32
+SOURCE_SCALE = 0.3  # of the latents, 1 / standard deviation
+SOURCE_TRAINING = {
+    "null_caption": "eos",  # the end token in all 76 places after the first, where the tokenizer would pad with 0
+    "noise_scheduler": "DDPMScheduler",
+    "prediction_type": "v_prediction",
+    "beta_start": 0.0015,
+    "beta_end": 0.0205,
+    "num_train_timesteps": 1000,
+}
 
 
 class ConvertedNetwork(NamedTuple):
@@ -76,12 +87,31 @@ class ConvertedNetwork(NamedTuple):
         settings: keyword arguments to build it with.
         overlay: the same as ids of the bundle ``cxr_latent_diffusion``, those that differ from its definitions alone.
         state: its state dict, float32, under the names of MONAI core.
+        scale_factor: what the checkpoint says that latents were multiplied by; None: it says nothing.
     """
 
     network: type[KLAutoencoder | DiffusionModelUNet]
     settings: dict[str, Any]
     overlay: dict[str, Any]
     state: dict[str, torch.Tensor]
+    scale_factor: float | None = None
+
+    @property
+    def is_source(self) -> bool:
+        """Whether it is built like the source's own network, and so taken to be trained like it."""
+        return _is_source(self.settings)
+
+    @property
+    def trained_as(self) -> dict[str, Any]:
+        """What is known of a diffusion network's training, as :func:`medgen.handlers.check_trained_as` compares it."""
+        classes = self.settings["num_class_embeds"]
+        known = {
+            "conditioning": self.overlay["conditioning"],
+            "num_classes": classes - 1 if classes else 0,
+            "num_head_channels": self.settings["num_head_channels"],
+            "norm_num_groups": self.settings["norm_num_groups"],
+        }
+        return known | (SOURCE_TRAINING if self.is_source else {})
 
     @property
     def is_autoencoder(self) -> bool:
@@ -114,9 +144,41 @@ def _file_of(source: str | os.PathLike[str]) -> Path:
 
 
 def _unwrapped(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper)
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     return name
+
+
+def _drop_rearrangements(content: Any) -> None:
+    """Take einops's layers out of modules: they have no weights, and no tables that say so, as other layers do."""
+    pending = [content, *(content.values() if isinstance(content, Mapping) else ())]
+    seen: set[int] = set()
+    while pending:
+        module = pending.pop()
+        state = module.state if isinstance(module, Record) else None
+        children = state.get("_modules") if isinstance(state, dict) else None
+        if id(module) in seen or not isinstance(children, dict):
+            continue
+        seen.add(id(module))
+        for name, child in list(children.items()):
+            if isinstance(child, Record) and child.type_name.startswith("einops.layers."):
+                del children[name]
+        pending += children.values()
+
+
+def _scale_factor(path: Path, *parts: Any) -> float | None:
+    """The factor of the latents that stands in a checkpoint or beside the weights."""
+    for part in parts:
+        found = part.get(SCALE_FACTOR) if isinstance(part, Mapping) else None
+        if found is None:
+            continue
+        if isinstance(found, StoredTensor):
+            found = found.read()
+            found = found.item() if found.numel() == 1 else math.nan
+        if type(found) not in (int, float) or not (found > 0 and math.isfinite(found)):
+            raise UserError(f"{SCALE_FACTOR} in {path} must be one number above 0, got something else; remove it")
+        return float(found)
+    return None
 
 
 def _kind(names: Iterator[str]) -> type[KLAutoencoder | DiffusionModelUNet] | None:
@@ -146,12 +208,19 @@ def _network_of(path: Path, content: Any, key: str | None) -> Any:
             raise UserError(f"expected a network {key} in {path}, got {', '.join(networks) or 'none'}; set --network")
         return networks[key]
     if len(networks) != 1:
-        found = ", ".join(networks) or ", ".join(list(map(str, parts))[:6]) or type(content).__name__
+        found = ", ".join(networks) or ", ".join(map(_shown, list(parts.items())[:6])) or type(content).__name__
         todo = "name one with --network" if networks else "name a file with the weights of one"
         raise UserError(
             f"expected one AutoencoderKL or DiffusionModelUNet in {path}, got {len(networks)} ({found[:200]}); {todo}"
         )
     return next(iter(networks.values()))
+
+
+def _shown(part: tuple[Any, Any]) -> str:
+    """A part of a checkpoint for a message, with what its first tensors are called."""
+    name, content = part
+    tensors = _names(content)
+    return f"{name} with {', '.join(map(_unwrapped, tensors[:2]))} ..." if tensors else str(name)
 
 
 def _modules(module: Record) -> Iterator[Record]:
@@ -191,11 +260,14 @@ def _told(path: Path, content: Any) -> _Told:
 
 def _renamed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
-    for name, value in state.items():
-        if _UNUSED.match(name := _unwrapped(name)):
+    for original, value in state.items():
+        name = _unwrapped(original)
+        if _UNUSED.match(name) or name == SCALE_FACTOR:
             continue
         for pattern, replacement in _RENAMED:
             name = pattern.sub(replacement, name)
+        if name in renamed:
+            raise UserError(f"expected one network, got two tensors for {name}, one of them {original}; split the file")
         renamed[name] = value
     return renamed
 
@@ -339,8 +411,7 @@ def _overlay(settings: Mapping[str, Any]) -> dict[str, Any]:
         }
         overlay |= {"context_dim": settings["cross_attention_dim"]} if text else {}
         overlay |= {"num_classes": classes - 1} if classes else {}
-        # trained with the end-of-text token for all 76 places after the first, where the tokenizer would pad with 0
-        overlay |= {"null_caption": "eos"} if _is_source(settings) else {}
+        overlay |= {"null_caption": SOURCE_TRAINING["null_caption"]} if _is_source(settings) else {}
         usual = {"out_channels": settings["in_channels"], "resblock_updown": False, "transformer_num_layers": 1}
     usual |= {"spatial_dims": 2, "norm_eps": 1e-6, "norm_num_groups": SOURCE_GROUPS}
     usual |= {"include_fc": True, "use_combined_linear": False}
@@ -396,6 +467,11 @@ def convert_state_dict(
     return ConvertedNetwork(network, settings, _overlay(settings), state)
 
 
+def is_converted_autoencoder(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a state dict is that of an autoencoder under the names of MONAI core."""
+    return _kind(iter(state)) is KLAutoencoder and _renamed(state).keys() == state.keys()
+
+
 def convert_latent_diffusion(
     source: str | os.PathLike[str],
     network: str | None = None,
@@ -424,7 +500,10 @@ def convert_latent_diffusion(
     """
     path = _file_of(source)
     with OneLineErrors(path, "AutoencoderKL or DiffusionModelUNet of monai-generative or MONAI"):
-        content = _network_of(path, read_records(path, PACKAGES), network)
+        whole = read_records(path, PACKAGES)
+        _drop_rearrangements(whole)
+        content = _network_of(path, whole, network)
+        scale_factor = _scale_factor(path, whole, content)
         state = module_state_dict(content)
         told = _told(path, content)
         for name, given, found in (
@@ -435,4 +514,4 @@ def convert_latent_diffusion(
                 raise UserError(f"{path} was built with {name} {found}, got {given}; leave out --{name}")
         heads = num_head_channels if told.heads is None else told.heads
         groups = norm_num_groups if told.groups is None else told.groups
-        return convert_state_dict(str(path), state, heads, groups, told.eps)
+        return convert_state_dict(str(path), state, heads, groups, told.eps)._replace(scale_factor=scale_factor)

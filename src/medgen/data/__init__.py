@@ -11,7 +11,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "conditions": ["as_text", "check_prompts", "load_prompts", "with_masks"],
+        "conditions": ["as_text", "check_captions", "check_prompts", "load_prompts", "prompts_line", "with_masks"],
         "datalist": [
             "datalist_hash",
             "items_from_folder",
@@ -28,6 +28,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pending": ["pending_groups"],
         "reader": ["Frame", "read_frames", "UnreadableImageError"],
         "stream": ["derive_seed", "ResumableDataLoader"],
-        "synthetic_set": ["check_format", "SyntheticSet", "weights_sha256"],
+        "synthetic_set": ["begin_generation", "check_format", "provenance_line", "SyntheticSet", "weights_sha256"],
     },
 )

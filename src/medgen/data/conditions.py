@@ -10,14 +10,18 @@ from typing import Any
 from medgen.data.datalist import file_stem, list_files, load_datalist
 from medgen.errors import UserError
 
-__all__ = ["as_text", "check_prompts", "load_prompts", "with_masks"]
+__all__ = ["as_text", "check_captions", "check_prompts", "load_prompts", "prompts_line", "with_masks"]
+
+SHOWN = 3  # prompts that a run names as it begins
+CHARACTERS = 200  # of each of them
 
 
 def as_text(text: Any, name: str) -> str:
     """A prompt as it was typed.
 
     The command line takes ``heart enlarged, small effusion`` for a tuple of two, and ``3`` for a number: their parts
-    are put together again.
+    are put together again. Not all comes back: of ``1e3`` there is left ``1000.0``, of ``None`` nothing.
+    :func:`prompts_line` shows what there is.
 
     Args:
         text: the prompt; None is empty.
@@ -100,6 +104,28 @@ def _read_lines(path: Path) -> list[str]:
     return found
 
 
+def prompts_line(prompts: Sequence[str], negative_prompt: str = "") -> str:
+    """What images will be of, for the user to compare with what was typed.
+
+    Args:
+        prompts: of the images.
+        negative_prompt: what the guidance leads away from.
+
+    Returns:
+        A line with the first prompts and how many there are.
+    """
+    if not prompts:
+        return "no prompt: images of the empty caption"
+    more = f" and {len(prompts) - SHOWN:,} more" if len(prompts) > SHOWN else ""
+    negative = f"; negative prompt {_quoted(negative_prompt)}" if negative_prompt else ""
+    plural = "s" if len(prompts) > 1 else ""
+    return f"{len(prompts):,} prompt{plural}: {', '.join(map(_quoted, prompts[:SHOWN]))}{more}{negative}"
+
+
+def _quoted(prompt: str) -> str:
+    return repr(prompt[:CHARACTERS]) + ("..." if len(prompt) > CHARACTERS else "")
+
+
 def check_prompts(conditioning: str, prompts: Sequence[str], negative_prompt: str = "") -> None:
     """See that prompts fit what a network is conditioned on.
 
@@ -118,6 +144,24 @@ def check_prompts(conditioning: str, prompts: Sequence[str], negative_prompt: st
         )
     if negative_prompt and not prompts:
         raise UserError("negative_prompt needs a prompt to guide away from it, got none; set --prompt")
+
+
+def check_captions(conditioning: str, items: Sequence[Mapping[str, Any]], datalist: str | os.PathLike[str]) -> None:
+    """See that a network of text has text to learn from: without any, it would learn the empty caption.
+
+    Args:
+        conditioning: ``text``, or another, of which nothing is asked.
+        items: of the training split.
+        datalist: where they come from, for the message.
+
+    Raises:
+        UserError: no item has ``sentences`` or a ``text``.
+    """
+    if conditioning == "text" and not any(item.get("sentences") or item.get("text") for item in items):
+        raise UserError(
+            f"no item of the training split of {datalist} has sentences or a text; run preprocessing.mimic_cxr "
+            "sentences, or train without text: add 'configs/unconditional.json' to --config_file"
+        )
 
 
 def with_masks(

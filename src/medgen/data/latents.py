@@ -9,9 +9,10 @@ import math
 import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +32,10 @@ logger = logging.getLogger(__name__)
 INDEX = "latents.json"
 SCALING = "scaling.json"
 KINDS = ("global", "channel")
+LOCK = ".lock"
 ROW = {"image", "size", "time", "sha256", "mean", "variance"}  # what is known of an image
+ENDS = 1 << 16  # bytes at either end of an array that are compared at each start of a training
+COMPARED = 16  # images whose content is compared then, where times alone have changed
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class LatentScaling:
         if not Path(path).is_file():
             raise UserError(
                 f"no scaling of latents at {path}; encode.json writes it as {SCALING} into its --latents_dir, and "
-                "training beside its model"
+                "training beside its model (is --model_path right?)"
             )
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -193,9 +197,11 @@ class LatentStore:
     - ``latents.json``: what decides the latents beside the images: the SHA-256 of the autoencoder, a digest of the
       transform, the shape, and how many augmented copies there are and from which seed;
     - ``00000.npy``: (N, 1 + copies, 2, C, h, w) float16, mean and standard deviation of ``shard_size`` images;
-    - ``00000.json``: its images, one a row, each with size, time and SHA-256 of its file and the moments of its latent.
-      It is written after the array, so that a shard counts once it is complete;
-    - ``scaling.json``: the :class:`LatentScaling` of the training split.
+    - ``00000.json``: SHA-256 of the array, and its images, one a row, each with size, time and SHA-256 of its file and
+      the moments of its latent. It is written after the array, and one that was there goes before, so that a shard
+      counts once it is complete;
+    - ``scaling.json``: the :class:`LatentScaling` of the training split;
+    - ``.lock``: locked as long as a process encodes into the folder; the system unlocks it when that process ends.
 
     Images are known by their paths in the datalist: other splits, and fields that are added later, change nothing.
     A run that was killed goes on with the shard it was at; batches never reach over the end of a shard, so that the
@@ -259,7 +265,9 @@ class LatentStore:
         wanted = splits if write_latents else ["training"]
         self.copies = augmented_copies if write_latents else 0
         self.images = {split: _images(datalist, split, dataset_dir) for split in wanted}
-        shards = _read_shards(self.folder)
+        self._lock: IO[str] | None = None
+        self._before = _shard_files(self.folder)
+        shards = _read_shards(self.folder, whole=True)
         if shards:
             self._check_same_settings(autoencoder_path)
         if shards and write_latents and not resume:
@@ -293,9 +301,28 @@ class LatentStore:
         self._done = 0
 
     def begin(self) -> None:
-        """Record the settings."""
-        if self.write_latents:
-            atomic_write_text(self.folder / INDEX, json.dumps(self.header, indent=4) + "\n")
+        """Lock the folder and record the settings.
+
+        Raises:
+            UserError: another process encodes into the folder, or has done so since this store was made.
+        """
+        if not self.write_latents:
+            return
+        self._lock = _locked(self.folder)
+        if _shard_files(self.folder) != self._before:
+            self.close()
+            raise UserError(f"another run has encoded into {self.folder} meanwhile; start this one again")
+        atomic_write_text(self.folder / INDEX, json.dumps(self.header, indent=4) + "\n")
+
+    def close(self) -> None:
+        """Let others encode into the folder."""
+        if self._lock is not None:
+            import fcntl
+
+            with suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing alone leaves it to loader processes that have a copy
+            self._lock.close()
+            self._lock = None
 
     def add(self, number: int, latents: np.ndarray) -> None:
         """Take the next image's latents; the last of a shard writes the shard.
@@ -340,10 +367,13 @@ class LatentStore:
             mean, variance = self._moments[self._names[number]]
             row = {"image": self._names[number], "size": status.st_size, "time": status.st_mtime_ns}
             rows.append({**row, "sha256": file_sha256(self.todo[number]["image"]), "mean": mean, "variance": variance})
-        with atomic_file(self.folder / f"{stem}.npy") as file:
+        array, index = self.folder / f"{stem}.npy", self.folder / f"{stem}.json"
+        index.unlink(missing_ok=True)  # of a broken shard: it would name other images than the new array has
+        with atomic_file(array) as file:
             np.save(file, np.stack(self._rows), allow_pickle=False)
+        digests = json.dumps({"sha256": file_sha256(array), "ends_sha256": _ends_sha256(array)})[1:-1]
         text = ",\n".join(map(json.dumps, rows))
-        atomic_write_text(self.folder / f"{stem}.json", f"[\n{text}\n]\n")
+        atomic_write_text(index, f'{{{digests}, "images": [\n{text}\n]}}\n')
         self._rows.clear()
 
     def finish(self) -> str:
@@ -352,6 +382,7 @@ class LatentStore:
         Returns:
             One line that says what is where.
         """
+        self.close()
         line = f"{self.count:,} images, {len(self.todo):,} of them encoded now"
         if self.write_latents:
             line += f": latents in {self.folder}"
@@ -360,6 +391,12 @@ class LatentStore:
             means, variances = (np.array(values) for values in zip(*moments, strict=True))
             scaling = estimate_scaling(means, variances, self.header["autoencoder_sha256"], self.scaling)
             scaling.write(self.folder / SCALING)
+            offsets = np.abs(means.mean(0)) * scaling.scale[0]
+            if self.scaling == "global" and offsets.max() > 1:
+                logger.warning(
+                    f"the mean of channel {offsets.argmax()} of the latents is {offsets.max():.2f} standard deviations "
+                    "from 0, which one scale for all leaves; --scaling channel takes it out"
+                )
             logger.info(str(scaling))
             line += f"; {scaling} in {self.folder / SCALING}"
         return line
@@ -387,8 +424,9 @@ def load_latents(
 ) -> list[dict[str, Any]]:
     """Items of one split, each with the place of its latents, for :class:`medgen.transforms.LoadLatentd`.
 
-    Images that are there must be those that were encoded. Without classes they need not be there: a training reads the
-    latents alone.
+    Images that are there must be those that were encoded: of the same size, and where times have changed, of the same
+    content, which is compared for 16 of them, spread over the split. (encode.json compares all.) Without classes they
+    need not be there: a training reads the latents alone. Arrays are compared by their sizes and ends.
 
     Args:
         latents_dir: folder that encode.json wrote.
@@ -426,7 +464,7 @@ def load_latents(
             f"{folder} has no latents of {missing[0]} ({len(missing)} of the {len(images)} images of split {split} are "
             f"missing); run encode.json on {datalist} with --resume true"
         )
-    _check_unchanged(folder, [(places[name][1], path) for name, path in images])
+    _check_unchanged(folder, [(places[name][1], path) for name, path in images], COMPARED)
     if num_classes:
         items = load_classes(datalist, split, dataset_dir, num_classes)
     else:
@@ -457,17 +495,29 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _read_shards(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Images of every complete shard, in their order; a shard of which a part is missing or broken is left out."""
+def _shard_files(folder: Path) -> dict[Path, int]:
+    """JSON file of every shard, in their order, and when it was written."""
+    files = sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.json") if path.stem.isdecimal())
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def _read_shards(folder: Path, whole: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Images of every complete shard, in their order; a shard of which a part is missing or broken is left out.
+
+    That an array is the one that the JSON file was written for is seen by its ends, or by the whole of it.
+    """
     shards = {}
-    for path in sorted(folder.glob("[0-9][0-9][0-9][0-9][0-9]*.json")):
+    for path in _shard_files(folder):
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            array = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-            complete = len(array) == len(rows) and all(
-                {"image", "size", "time", "sha256"} <= row.keys() for row in rows
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows, file = content["images"], path.with_suffix(".npy")
+            complete = (
+                content["ends_sha256"] == _ends_sha256(file)
+                and (not whole or content["sha256"] == file_sha256(file))
+                and len(np.load(file, mmap_mode="r", allow_pickle=False)) == len(rows)
+                and all(row.keys() >= ROW for row in rows)
             )
-        except (OSError, ValueError, TypeError, AttributeError, EOFError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError):
             complete = False
         if complete:
             shards[path.stem] = rows
@@ -476,30 +526,62 @@ def _read_shards(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return shards
 
 
+def _ends_sha256(path: Path) -> str:
+    """SHA-256 of a file's size, beginning and end."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - ENDS))
+        end = file.read()
+        file.seek(0)
+        return hashlib.sha256(f"{size} ".encode() + file.read(ENDS) + end).hexdigest()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock file, open; locked until it is closed."""
+    import fcntl  # not there on Windows, where the rest of this module works
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / LOCK, "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(
+            f"another process encodes into {folder}; wait for it, or choose another --latents_dir"
+        ) from error
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error}): see that no other run encodes into it")
+    return lock
+
+
 def _rows(shards: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for rows in shards.values():
         yield from rows
 
 
-def _check_unchanged(folder: Path, pairs: Sequence[tuple[Mapping[str, Any], str]]) -> None:
+def _check_unchanged(folder: Path, pairs: Sequence[tuple[Mapping[str, Any], str]], at_most: int | None = None) -> None:
     """See that images are those that were encoded: by size and time, and where the time is another, by content.
 
-    A copy of a data set has other times; images that are not there are passed over.
+    A copy of a data set has other times; images that are not there are passed over. ``at_most`` so many are read, taken
+    evenly from those in doubt; None: all.
     """
+    changed = "is not the image whose latents are in {}: it has changed since; encode into another --latents_dir"
     doubtful = []
     for row, path in pairs:
         try:
             status = os.stat(path)
         except OSError:
             continue
-        if (status.st_size, status.st_mtime_ns) != (row["size"], row["time"]):
+        if status.st_size != row["size"]:
+            raise UserError(f"{path} {changed.format(folder)}")
+        if status.st_mtime_ns != row["time"]:
             doubtful.append((row, path))
+    if at_most is not None and len(doubtful) > at_most:
+        logger.info(f"{len(doubtful):,} images have other times than when they were encoded; {at_most} are compared")
+        doubtful = [doubtful[round(i)] for i in np.linspace(0, len(doubtful) - 1, at_most)]
     for row, path in tqdm(doubtful, desc="comparing images", unit="image", leave=False, disable=None):
         if file_sha256(path) != row["sha256"]:
-            raise UserError(
-                f"{path} is not the image whose latents are in {folder}: it has changed since; encode into another "
-                "--latents_dir"
-            )
+            raise UserError(f"{path} {changed.format(folder)}")
 
 
 def _seed_of(name: str, seed: int) -> int:

@@ -20,10 +20,11 @@ from medgen.data.reader import read_frames
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
 
-__all__ = ["SyntheticSet", "check_format", "weights_sha256"]
+__all__ = ["SyntheticSet", "begin_generation", "check_format", "provenance_line", "weights_sha256"]
 
 SUFFIXES = {"png": ".png", "png16": ".png", "dicom": ".dcm"}
-SHOWN_PROMPT = 200  # characters of a single prompt in the provenance, which a DICOM text of 1,024 must hold
+RECORD = "generation.json"
+SHOWN = 200  # characters of a value in the provenance, which a DICOM text of 1,024 must hold
 
 
 def check_format(file_format: str, formats: Sequence[str] = tuple(SUFFIXES)) -> None:
@@ -45,6 +46,53 @@ def weights_sha256(model_path: str | os.PathLike[str]) -> str:
     if not Path(model_path).is_file():
         raise UserError(f"no weights at {model_path}; train the bundle first, or name a file with --model_path")
     return file_sha256(model_path)
+
+
+def provenance_line(record: Mapping[str, Any]) -> str:
+    """What made images as one line, for a DICOM file: the weights first, since a line that is too long is cut off."""
+    weights = {"model_sha256": record["model_sha256"]} if "model_sha256" in record else {}
+    return ", ".join(f"{key} {value!s:.{SHOWN}}" for key, value in {**weights, **record}.items())
+
+
+def begin_generation(
+    output_dir: str | os.PathLike[str], folder: str | os.PathLike[str], record: Mapping[str, Any], resume: bool
+) -> None:
+    """Record the settings of images that are about to be made, or see that they are those of the images there.
+
+    Args:
+        output_dir: where ``generation.json`` goes.
+        folder: of the images.
+        record: plain values that decide the pixels, the weights' SHA-256 among them.
+        resume: whether images may be there.
+
+    Raises:
+        UserError: images are there and ``resume`` is False, or they were made with other settings.
+    """
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        if not resume:
+            raise UserError(
+                f"{folder} holds images already; make the rest with --resume true, or choose another --output_dir"
+            )
+        _check_same(folder, _read_record(output_dir), record)
+    atomic_write_text(Path(output_dir) / RECORD, json.dumps(dict(record)) + "\n")
+
+
+def _read_record(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an earlier run recorded; empty where that cannot be read."""
+    try:
+        before = json.loads((Path(output_dir) / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return before if isinstance(before, dict) else {}
+
+
+def _check_same(folder: str | os.PathLike[str], before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    for key, value in json.loads(json.dumps(dict(record))).items():
+        if before.get(key) != value:
+            raise UserError(
+                f"the samples in {folder} were made with {key} {before.get(key)!s:.100}, this run has {value!s:.100}; "
+                "resume with what they were made with, or choose another --output_dir"
+            )
 
 
 class SyntheticSet:
@@ -111,7 +159,7 @@ class SyntheticSet:
                 f"{self.folder} holds {len(there)} samples already; make the rest with --resume true, or choose "
                 "another --output_dir"
             )
-        self._before = self._read_generation() if there else None
+        self._before = _read_record(self.output_dir) if there else None
         self._started = time.perf_counter()
         self.todo = pending_groups(self.items, lambda item: item["name"] + self.suffix in there, batch_size, resume)
 
@@ -131,14 +179,6 @@ class SyntheticSet:
         if self.num_classes:
             item["label"] = seed % self.num_classes if self.class_index is None else self.class_index
         return item
-
-    def _read_generation(self) -> dict[str, Any]:
-        """What an earlier run recorded; empty where that cannot be read."""
-        try:
-            before = json.loads((self.output_dir / "generation.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return before if isinstance(before, dict) else {}
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -171,17 +211,17 @@ class SyntheticSet:
     def record(self) -> dict[str, Any]:
         """All that decides the pixels of a seed's image."""
         prompts = {"prompts": self.prompts} if self.prompts else {}
-        return {**self._settings, **prompts, "model_sha256": self.model_sha256}
+        return {**prompts, **self._settings, "model_sha256": self.model_sha256}
 
     @property
     def provenance(self) -> str:
-        """The record as a text; of several prompts their number."""
+        """The record as a text, the weights first and each value cut short; of several prompts their number."""
         shown = self.record
         if len(self.prompts) == 1:
-            shown["prompts"] = f"'{self.prompts[0]:.{SHOWN_PROMPT}}'"
+            shown["prompts"] = f"'{self.prompts[0]:.{SHOWN - 2}}'"
         elif self.prompts:
             shown["prompts"] = len(self.prompts)
-        return ", ".join(f"{key} {value}" for key, value in shown.items())
+        return provenance_line(shown)
 
     def begin(self) -> None:
         """Record the settings, or see that they are those of the samples that are there.
@@ -190,15 +230,10 @@ class SyntheticSet:
             UserError: no weights, or others, or other settings.
         """
         if self._before is not None:
-            for key, value in {"prompts": [], **self.record}.items():
-                before = self._before.get(key, [] if key == "prompts" else None)
-                if before != value:
-                    raise UserError(
-                        f"the samples in {self.folder} were made with {key} {before!s:.100}, this run has "
-                        f"{value!s:.100}; resume with what they were made with, or choose another --output_dir"
-                    )
+            without = {"prompts": []}
+            _check_same(self.folder, without | self._before, without | self.record)
         generation = {**self.record, "seeds": self.seeds}
-        atomic_write_text(self.output_dir / "generation.json", json.dumps(generation) + "\n")
+        atomic_write_text(self.output_dir / RECORD, json.dumps(generation) + "\n")
         self._started = time.perf_counter()
 
     def finish(self) -> None:

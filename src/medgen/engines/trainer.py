@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from medgen.data.stream import ResumableDataLoader, derive_seed
 from medgen.errors import UserError
+from medgen.precision import autocast
 from medgen.weights import check_same_shapes
 
 __all__ = ["GenerativeTrainer", "autocast", "unwrap"]
@@ -25,17 +26,6 @@ __all__ = ["GenerativeTrainer", "autocast", "unwrap"]
 def unwrap(network: nn.Module) -> nn.Module:
     """The network itself, out of DistributedDataParallel."""
     return network.module if isinstance(network, DistributedDataParallel) else network
-
-
-def autocast(device: torch.device, amp: bool) -> AbstractContextManager:
-    """bfloat16 autocast where ``amp`` is wanted and the device computes in it; otherwise nothing.
-
-    bfloat16 has float32's range, so that no gradient scaler is needed. On the CPU, training stays in float32: most
-    processors emulate bfloat16, and runs are meant to repeat bit for bit.
-    """
-    if amp and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
 
 
 class GenerativeTrainer(Trainer):

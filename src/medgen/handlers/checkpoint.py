@@ -18,6 +18,7 @@ from torch import nn
 from medgen.data.image_set import file_sha256
 from medgen.engines.trainer import GenerativeTrainer, unwrap
 from medgen.errors import UserError
+from medgen.handlers.companions import ModelCompanions
 from medgen.output import atomic_write_text
 from medgen.weights import check_same_shapes, read_state_dict
 
@@ -167,6 +168,8 @@ class BestModelSaver:
         is_better: (new, best so far) -> whether to save.
         record: JSON file that says which weights ``path`` holds: metric, value, epoch, ``position`` and checksum.
         position: more entries of that file, asked for when it is written, such as the images seen.
+        companions: what must lie beside the weights; written with the first of them. The file of another training is
+            then kept with its own companions, in the folder ``previous``.
     """
 
     def __init__(
@@ -176,9 +179,13 @@ class BestModelSaver:
         is_better: Callable[[float, float], bool] | None = None,
         record: str | Path | None = None,
         position: Callable[[], Mapping[str, Any]] | None = None,
+        companions: ModelCompanions | None = None,
     ) -> None:
         self.network, self.path = network, Path(path)
+        if self.path.is_dir():
+            raise UserError(f"model_path must be a file, got the folder {path}; set --model_path {path}/model.pt")
         self.record, self.position = record, position or dict
+        self.companions, self._accompanied = companions, companions is None
         self.is_better = is_better or (lambda new, best: new < best)
         self.best: float | None = None
 
@@ -198,10 +205,18 @@ class BestModelSaver:
         if idist.get_rank() > 0:
             return
         if first and self.path.is_file():
-            before = self.path.with_suffix(".previous.pt")
-            os.replace(self.path, before)
+            if self.companions is None:
+                before = self.path.with_suffix(".previous.pt")
+                os.replace(self.path, before)
+            else:
+                before = self.companions.set_aside()
             logger.warning(f"{self.path} was there before this training; kept as {before}")
+        if not self._accompanied:
+            self.companions.place()
         atomic_save({k: v.cpu() for k, v in unwrap(self.network).state_dict().items()}, self.path)
+        if not self._accompanied:
+            self.companions.sign()
+            self._accompanied = True
         if self.record is not None:
             about = {"metric": name, "value": value, "epoch": engine.state.epoch, **self.position()}
             about |= {"model": str(self.path), "model_sha256": file_sha256(self.path)}

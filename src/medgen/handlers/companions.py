@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
-from ignite.engine import Engine, Events
-
 from medgen.data.image_set import file_sha256
 from medgen.errors import UserError
-from medgen.output import atomic_file, atomic_write_text
+from medgen.output import atomic_file, atomic_write_text, plain_json
 
 __all__ = ["ModelCompanions", "check_trained_as"]
 
 logger = logging.getLogger(__name__)
 
 RECORD = "trained_as.json"
+PREVIOUS = "previous"
 
 
 class ModelCompanions:
-    """Puts files that a model cannot be used without beside its weights, as a training begins.
+    """Files that a model cannot be used without, beside its weights; for :class:`medgen.handlers.BestModelSaver`.
+
+    They come with the first weights of a training, not before: until then those of an earlier training stand there, and
+    its companions with them. Those weights are kept in the folder ``previous``, of use as they are. A kill at any
+    moment leaves weights with their own companions, or without ``trained_as.json``, or no weights.
 
     Args:
         model_path: file of the weights.
@@ -33,25 +36,39 @@ class ModelCompanions:
     """
 
     def __init__(self, model_path: str | Path, files: Mapping[str, str | Path], record: Mapping[str, Any]) -> None:
-        self.folder = Path(model_path).parent
+        self.path = Path(model_path)
         self.files, self.record = {name: Path(path) for name, path in files.items()}, dict(record)
 
-    def attach(self, engine: Engine) -> None:
-        """Register on a trainer."""
-        engine.add_event_handler(Events.STARTED, self)
+    def set_aside(self) -> Path:
+        """Take the weights of another training away, with copies of what lies beside them; returns where they are."""
+        folder = self.path.with_name(PREVIOUS)
+        kept = folder / self.path.name
+        kept.unlink(missing_ok=True)
+        for name in (*self.files, RECORD):
+            if self.path.with_name(name).is_file():
+                _copy(self.path.with_name(name), folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        folder.mkdir(exist_ok=True)
+        os.replace(self.path, kept)
+        return kept
 
-    def __call__(self, engine: Engine) -> None:
-        """Write them."""
-        if idist.get_rank() > 0:
-            return
+    def place(self) -> None:
+        """Put the files beside the weights that are about to be written."""
+        self.path.with_name(RECORD).unlink(missing_ok=True)
         for name, path in self.files.items():
-            target = self.folder / name
-            # another autoencoder's latents mean nothing to weights that are there already
-            if target.is_file() and file_sha256(target) == file_sha256(path):
-                continue
-            with atomic_file(target) as file:
-                file.write(path.read_bytes())
-        atomic_write_text(self.folder / RECORD, json.dumps(self.record, indent=4) + "\n")
+            target = self.path.with_name(name)
+            if not target.is_file() or file_sha256(target) != file_sha256(path):
+                _copy(path, target)
+
+    def sign(self) -> None:
+        """Say of the weights that were written how they were trained."""
+        atomic_write_text(self.path.with_name(RECORD), json.dumps(plain_json(self.record), indent=4) + "\n")
+
+
+def _copy(path: Path, target: Path) -> None:
+    with atomic_file(target) as file:
+        file.write(path.read_bytes())
 
 
 def check_trained_as(model_path: str | Path, **settings: Any) -> None:
@@ -72,7 +89,9 @@ def check_trained_as(model_path: str | Path, **settings: Any) -> None:
         trained = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}); delete it to go on without this check") from error
-    for name, value in settings.items():
+    if not isinstance(trained, dict):
+        raise UserError(f"{path} must hold the settings of a training, got {trained!r:.50}; delete it to go on without")
+    for name, value in plain_json(settings).items():
         if name in trained and trained[name] != value:
             raise UserError(
                 f"{name} must be {trained[name]} as in the training of {model_path}, got {value}; use the settings, or "

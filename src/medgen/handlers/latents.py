@@ -66,7 +66,8 @@ class LatentWriter:
         logger.info(f"{self._done:,} images encoded in {seconds:.0f} s, {self._done / seconds:.1f} img/s")
 
     def fail(self, engine: Engine, error: BaseException) -> None:
-        """Close the bar before the error is printed."""
+        """Close the bar before the error is printed, and let go of the folder."""
+        self.store.close()
         if self.bar is not None:
             self.bar.close()
         raise error

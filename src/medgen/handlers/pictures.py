@@ -93,6 +93,15 @@ def _padded_stack(images: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([F.pad(image, (0, W - image.shape[-1], 0, H - image.shape[-2])) for image in images])
 
 
+def _attach_at_intervals(handler: Callable[[Engine], None], engine: Engine, interval: int) -> None:
+    """Register a handler for every ``interval`` epochs and the last."""
+
+    def is_due(engine: Engine, epoch: int) -> bool:
+        return epoch % interval == 0 or epoch == engine.state.max_epochs
+
+    engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=is_due), handler)
+
+
 class SampleGrid:
     """Writes what a generator makes of the same latents all through a training, below a row of training images.
 
@@ -123,11 +132,7 @@ class SampleGrid:
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
-
-        def is_due(engine: Engine, epoch: int) -> bool:
-            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
-
-        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=is_due), self)
+        _attach_at_intervals(self, engine, self.interval)
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
@@ -188,11 +193,7 @@ class DiffusionGrid:
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
-
-        def is_due(engine: Engine, epoch: int) -> bool:
-            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
-
-        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=is_due), self)
+        _attach_at_intervals(self, engine, self.interval)
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:

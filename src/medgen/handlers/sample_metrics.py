@@ -129,9 +129,24 @@ class SampleMetrics:
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator whose output has ``image`` and ``pred_path``, the file of its reconstruction."""
+        engine.add_event_handler(Events.STARTED, self.check)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         # not when all is completed: a tracker logs what an epoch has measured
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.measure)
+
+    def check(self, engine: Engine) -> None:
+        """See that all sets can be read and compared, before an image is reconstructed.
+
+        Raises:
+            UserError: fewer than two images in one, or images that cannot be compared.
+        """
+        for images in self.sets.values():
+            images.scan(self.options["num_workers"])
+            for file, reason in images.rejected.items():
+                logger.warning(f"{file} of the {images.name} is left out: {reason}")
+            images.check_comparable(self.sets["test"])
+        if (n := self._count()) < 2:
+            raise UserError(f"distances and diversity take at least 2 samples and 2 real images, got {n}; make more")
 
     def collect(self, engine: Engine) -> None:
         """Note the files of a batch's reconstructions."""
@@ -140,14 +155,7 @@ class SampleMetrics:
 
     def measure(self, engine: Engine) -> None:
         """Measure."""
-        for images in self.sets.values():
-            images.scan(self.options["num_workers"])
-            for file, reason in images.rejected.items():
-                logger.warning(f"{file} of the {images.name} is left out: {reason}")
-            images.check_comparable(self.sets["test"])
-        n = min(map(len, self.sets.values()))
-        if n < 2:
-            raise UserError(f"distances and diversity take at least 2 samples and 2 real images, got {n}; make more")
+        n = self._count()
         chosen = {name: _some(images, n, self.seed) for name, images in self.sets.items()}
         metrics: dict[str, float] = {f"n_{name}": n for name in chosen}
         for name, images in chosen.items():
@@ -169,6 +177,10 @@ class SampleMetrics:
         engine.state.metrics.update(metrics)
         if self.model_sha256:
             engine.state.model_sha256 = self.model_sha256
+
+    def _count(self) -> int:
+        """Images of the smallest set."""
+        return min(map(len, self.sets.values()))
 
     def _distances(self, name: str, extractor: Any, chosen: dict[str, ImageSet]) -> dict[str, float]:
         """Distances of sets from the real images, of all images and at the n of their halves."""

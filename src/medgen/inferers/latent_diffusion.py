@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from medgen.errors import UserError
 from medgen.inferers.generation import LARGEST_SEED
 from medgen.inferers.latent_walk import slerp
 from medgen.inferers.samplers import Sampler
+from medgen.precision import autocast
 from medgen.settings import check_between
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LatentDiffusionSampler"]
 
+logger = logging.getLogger(__name__)
+
 LATENT_STREAM = 5  # of the numbers drawn from an image's seed: torch's seed itself is the weights'
 LARGEST_GUIDANCE = 1000.0
+ROUNDING = 1e-4  # a resized image may exceed [0, 1] by the rounding of float32
 
 
 class LatentDiffusionSampler(Inferer):
@@ -49,12 +53,10 @@ class LatentDiffusionSampler(Inferer):
         guidance_rescale: φ of Lin et al. 2024, arXiv 2305.08891, section 3.4: 0 changes nothing, 1 gives each image's
             prediction the standard deviation of the conditional one.
         strength: of an image-to-image walk, or of inpainting: the part of the training's timesteps that the images are
-            noised by, above 0 to 1, where nothing of them is left.
-        amp: bf16 autocast of the network, on CUDA.
+            noised by, above 0 to 1, where nothing of them is left: what lies under a mask then has no influence at all,
+            since the encoder, which sees beyond the mask's edge, is given the surroundings in its place.
+        amp: bfloat16 autocast of the network where the device has it.
         progress: a progress bar over the steps.
-
-    Attributes:
-        images_per_second: of the last call, decoding included.
 
     Raises:
         UserError: a setting out of range, or a sampler for another kind of training.
@@ -86,7 +88,6 @@ class LatentDiffusionSampler(Inferer):
         self.latent_shape = tuple(latent_shape)
         self.guidance_scale, self.guidance_rescale, self.strength = guidance_scale, guidance_rescale, strength
         self.amp, self.progress = amp, progress
-        self.images_per_second = 0.0
 
     @torch.inference_mode()
     def __call__(
@@ -122,7 +123,6 @@ class LatentDiffusionSampler(Inferer):
         Raises:
             UserError: inputs that do not fit each other or the network, or a result that is not finite.
         """
-        start = time.perf_counter()
         seeds = _whole(inputs)
         latents = self.sample_latents(
             seeds,
@@ -147,7 +147,6 @@ class LatentDiffusionSampler(Inferer):
         result = result.clamp(0, 1)
         if masks is not None:
             result = torch.where(_plain(masks, result).bool(), result, _plain(images, result))
-        self.images_per_second = len(seeds) / (time.perf_counter() - start)
         return result
 
     @torch.inference_mode()
@@ -164,6 +163,11 @@ class LatentDiffusionSampler(Inferer):
     ) -> torch.Tensor:
         """Whitened latents (B, C, h, w) in float32; arguments are those of a call."""
         self._check_images(len(seeds), images, masks)
+        if masks is not None and not self.sampler.is_stochastic:
+            logger.warning(
+                f"{self.sampler.name} adds no noise on its way, so that what it paints hardly follows the surroundings; "
+                "--sampler ddpm --num_steps 100 does"
+            )
         device = next(network.parameters()).device
         conditions = self._conditions(len(seeds), prompts, negative_prompts, labels)
         is_guided = len(conditions) == 2
@@ -177,7 +181,8 @@ class LatentDiffusionSampler(Inferer):
         self.sampler.start(1.0 if images is None else self.strength)
         sample, known, is_new = noise, None, None
         if images is not None:
-            known = self.encode(images)
+            is_hidden = masks is not None and self.strength == 1
+            known = self.encode(_filled(_plain(images), _plain(masks).bool()) if is_hidden else images)
             if known.shape != noise.shape:
                 raise UserError(
                     f"images must have the size of the bundle, which gives latents {self.latent_shape}, got "
@@ -190,7 +195,10 @@ class LatentDiffusionSampler(Inferer):
         steps = tqdm(self.sampler.timesteps.tolist(), desc="sampling", leave=False, disable=not self.progress)
         for index, timestep in enumerate(steps):
             if is_new is not None:
-                sample = torch.where(is_new, sample, self.sampler.add_noise(known, noise, index))
+                # fresh noise at each level, so that the new part goes on meeting the known one (RePaint, Lugmayr et al.
+                # 2022, arXiv 2201.09865, algorithm 1); a deterministic sampler has no step that could take it in
+                around = self._draw(generators).to(device) if self.sampler.is_stochastic else noise
+                sample = torch.where(is_new, sample, self.sampler.add_noise(known, around, index))
             output = self._predict(network, sample, timestep, condition, is_guided)
             sample = self.sampler.step(output, index, sample, generators)
         return sample if is_new is None else torch.where(is_new, sample, known)
@@ -244,7 +252,9 @@ class LatentDiffusionSampler(Inferer):
             raise UserError("masks need the images that they mark, got none; give images, or leave the masks out")
         if images is not None and (images.ndim != 4 or len(images) != batch):
             raise UserError(f"images must be ({batch}, C, H, W), one for each seed, got {tuple(images.shape)}")
-        if images is not None and (not images.isfinite().all() or images.min() < 0 or images.max() > 1):
+        if images is not None and (
+            not images.isfinite().all() or images.min() < -ROUNDING or images.max() > 1 + ROUNDING
+        ):
             raise UserError("images must have values in [0, 1], got others; scale them as the training does")
         if masks is not None and masks.shape != (batch, 1, *images.shape[2:]):
             raise UserError(
@@ -297,7 +307,7 @@ class LatentDiffusionSampler(Inferer):
         """The network's output (B, C, h, w) in float32; guided, if the condition is that of both, of 2B."""
         inputs = torch.cat([sample, sample]) if is_guided else sample
         timesteps = torch.full((len(inputs),), timestep, device=sample.device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.amp and sample.is_cuda):
+        with autocast(sample.device, self.amp):
             output = network(inputs, timesteps=timesteps, **condition)
         # a copy: CUDA graphs of a compiled network write the next output where this one lies
         output = output.to(torch.float32, copy=True)
@@ -326,6 +336,22 @@ def _plain(images: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tens
     """Images without MONAI's metadata, of the device and type of another tensor."""
     images = convert_to_tensor(images, track_meta=False)
     return images if like is None else images.to(like)
+
+
+def _filled(images: torch.Tensor, is_new: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) whose masked pixels (B, 1, H, W) are taken from the others alone.
+
+    From the mask's edge inwards, each pixel becomes the mean of its neighbours that are known or were filled before.
+    """
+    known = (~is_new.to(images.device)).to(images)
+    filled = images * known
+    while (known.amax((1, 2, 3)) > known.amin((1, 2, 3))).any():
+        # avg_pool2d divides both by 9, at the image's border, too
+        weights = nn.functional.avg_pool2d(known, 3, stride=1, padding=1)
+        means = nn.functional.avg_pool2d(filled, 3, stride=1, padding=1) / weights.clamp(min=1 / 9)
+        filled = torch.where(known > 0, filled, means)
+        known = (weights > 0).to(known)
+    return filled
 
 
 def _spread(values: Any, batch: int, name: str) -> Any:

@@ -130,14 +130,9 @@ class Sampler:
         self.name, self.num_steps, self.spacing = name, num_steps, spacing
         self.eta = 1.0 if name == "ddpm" else float(eta)
         self.prediction_type = str(noise_scheduler.prediction_type)
-        if is_flow:
-            self._timesteps = _flow_timesteps(noise_scheduler, num_steps, latent_shape)
-            noise = self._timesteps / self.num_train_timesteps
-            self._levels = [(1 - level, level) for level in noise.tolist()]
-        else:
-            self._timesteps = _timesteps(spacing, num_steps, self.num_train_timesteps)
-            alphas_cumprod = torch.cumprod(1 - noise_scheduler.betas.double().cpu(), 0)[self._timesteps]
-            self._levels = list(zip(alphas_cumprod.sqrt().tolist(), (1 - alphas_cumprod).sqrt().tolist(), strict=True))
+        self._noise_scheduler, self._latent_shape = noise_scheduler, latent_shape
+        if not is_flow:
+            self._alphas_cumprod = torch.cumprod(1 - noise_scheduler.betas.double().cpu(), 0)
         if name in SOLVERS:
             module, solver = SOLVERS[name]
             self._solver = getattr(importlib.import_module(module), solver)(
@@ -163,17 +158,30 @@ class Sampler:
 
         Args:
             strength: part of the training's timesteps, from the clean end, that is walked through, for a start from
-                noised latents; one step at least. The same noise at the same strength, whatever the spacing.
+                noised latents. Below 1 the list is made for that part alone: it begins at timestep
+                round(strength · T) − 1 (a flow: strength · T) whatever the spacing and the number of steps, and takes
+                steps as long as at strength 1, so fewer. ``leading`` becomes ``linspace``, since it would begin lower.
         """
-        # a timestep t of betas is the noise after t + 1 of T steps, one of a flow that after t
-        time = self._timesteps + (self.name != "rflow")
-        total = len(time)
-        first = 0 if strength == 1 else min(total - 1, int((time > strength * self.num_train_timesteps).sum()))
-        chosen = list(range(first, total))
-        if self.name == "pndm" and len(chosen) > 1:
-            chosen.insert(1, chosen[1])  # the first step is taken twice, the second time by Heun's method
-        self.timesteps = self._timesteps[chosen]
-        self.levels = [*(self._levels[index] for index in chosen), (1.0, 0.0)]
+        total, num_steps = self.num_train_timesteps, self.num_steps
+        if strength < 1:
+            total = max(1, round(strength * total))
+            # steps grow with the square root of the timestep in a quadratic list
+            share = math.sqrt(strength) if self.spacing == "quadratic" else strength
+            num_steps = min(total, max(1, round(share * num_steps)))
+        if self.name == "rflow":
+            steps = _flow_timesteps(self._noise_scheduler, num_steps, self._latent_shape, strength)
+            noise = (steps / self.num_train_timesteps).tolist()
+            levels = [(1 - level, level) for level in noise]
+        else:
+            spacing = "linspace" if strength < 1 and self.spacing == "leading" else self.spacing
+            steps = _timesteps(spacing, num_steps, total)
+            alphas_cumprod = self._alphas_cumprod[steps]
+            levels = list(zip(alphas_cumprod.sqrt().tolist(), (1 - alphas_cumprod).sqrt().tolist(), strict=True))
+        chosen = list(range(num_steps))
+        if self.name == "pndm" and num_steps > 1:
+            chosen.insert(1, 1)  # the first step is taken twice, the second time by Heun's method
+        self.timesteps = steps[chosen]
+        self.levels = [*(levels[index] for index in chosen), (1.0, 0.0)]
         self._noises: list[torch.Tensor] = []
         if self.name in SOLVERS:
             self._solver.set_timesteps(len(chosen))
@@ -264,22 +272,20 @@ def _timesteps(spacing: str, num_steps: int, num_train_timesteps: int) -> torch.
         steps = np.linspace(num_train_timesteps - 1, 0, num_steps)
         if spacing == "quadratic":
             # no timestep twice: where the parabola is flatter than the whole numbers, these are taken
-            steps = np.maximum(steps**2 / (num_train_timesteps - 1), np.arange(num_steps)[::-1])
+            steps = np.maximum(steps**2 / max(1, num_train_timesteps - 1), np.arange(num_steps)[::-1])
         steps = np.round(steps)
     return torch.from_numpy(steps.astype(np.int64))
 
 
 def _flow_timesteps(
-    noise_scheduler: RFlowScheduler, num_steps: int, latent_shape: Sequence[int] | None
+    noise_scheduler: RFlowScheduler, num_steps: int, latent_shape: Sequence[int] | None, strength: float
 ) -> torch.Tensor:
-    """Timesteps T … T / n, (num_steps,) float32; whole numbers where the training's are.
+    """Timesteps strength · T, in equal steps down to one above 0, (num_steps,) float32; whole where the training's are.
 
     Not by ``set_timesteps``: it rounds them to float16, and ``step`` rounds the next one down to a whole number.
     """
     total = noise_scheduler.num_train_timesteps
     steps = total * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)
-    if noise_scheduler.use_discrete_timesteps:
-        steps = steps.round()
     if noise_scheduler.use_timestep_transform:
         if latent_shape is None:
             raise UserError("an RFlowScheduler with use_timestep_transform needs the latent_shape, got none; name it")
@@ -291,4 +297,6 @@ def _flow_timesteps(
             num_train_timesteps=total,
             spatial_dim=len(latent_shape) - 1,
         )
-    return steps.float()
+    steps = strength * steps
+    is_whole = noise_scheduler.use_discrete_timesteps and not noise_scheduler.use_timestep_transform
+    return (steps.round().clamp(min=1) if is_whole else steps).float()

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,18 @@ NULL_CAPTIONS = ("empty", "eos")
 CONTEXT_DTYPE = torch.float16  # what the cache holds; 11 significant bits, where autocast to bf16 keeps 8
 CUDA_BATCH = 32  # captions of one pass over the text model
 MAX_NAMED = 100  # prompts whose truncation is spelled out
+SHOWN = 100  # characters of what was cut off
+# Of config.json, what decides the last hidden state beside the weights
+ARCHITECTURE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+)
 
 
 class CLIPTextConditioner:
@@ -67,6 +79,8 @@ class CLIPTextConditioner:
     ) -> None:
         if null_caption not in NULL_CAPTIONS:
             raise UserError(f"--null_caption must be {' or '.join(NULL_CAPTIONS)}, got {null_caption!r}")
+        if type(context_dim) is not int or context_dim < 1:
+            raise UserError(f"--context_dim must be a whole number of at least 1, got {context_dim!r}")
         self.null_caption = null_caption
         self.device = torch.device(device)
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -102,7 +116,7 @@ class CLIPTextConditioner:
                 warning that names it.
 
         Returns:
-            ``{"context": (B, max_tokens, context_dim)}``, float32 on the device.
+            ``{"context": (B, max_tokens, context_dim)}``, float32 on the device; of no captions, B is 0.
 
         Raises:
             UserError: what was given is not a list of texts.
@@ -113,7 +127,8 @@ class CLIPTextConditioner:
         contexts = {caption: self._cache[caption] for caption in captions if caption in self._cache}
         with torch.autocast(self.device.type, enabled=False):
             contexts |= self._compute([caption for caption in dict.fromkeys(captions) if caption not in contexts])
-            stacked = torch.stack([contexts[caption] for caption in captions]).float()
+            empty = torch.empty(0, self.max_tokens, self._model.config.hidden_size, device=self.device)
+            stacked = torch.stack([contexts[caption] for caption in captions]).float() if captions else empty
         for caption, context in contexts.items():
             self._cache[caption] = context
             self._cache.move_to_end(caption)
@@ -127,12 +142,19 @@ class CLIPTextConditioner:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Weights, vocabulary and null caption in a line: equal where the same caption gives the same context."""
+        """Weights, architecture, tokenizer and null caption in a line: equal where captions give the same contexts."""
         with open(self._weights, "rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
-        vocabulary = hashlib.sha256(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode()).hexdigest()
+        architecture = _sha256({name: getattr(self._model.config, name) for name in ARCHITECTURE})
+        # pairs of texts, or texts with a space in between, by the version of tokenizers
+        merges = json.loads(self._tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        tokenizer = _sha256([sorted(self._tokenizer.get_vocab().items()), merges])
         null = " ".join(map(str, self.tokenize([""])[0, :3].tolist()))
-        return f"text weights={weights[:16]} vocabulary={vocabulary[:16]} null_caption={self.null_caption} ({null} ...)"
+        return (
+            f"text weights={weights[:16]} architecture={architecture[:16]} tokenizer={tokenizer[:16]} "
+            f"null_caption={self.null_caption} ({null} ...)"
+        )
 
     def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
         """Token ids of captions, (B, max_tokens): start, tokens, end, padding; those of the null caption for ""."""
@@ -153,15 +175,15 @@ class CLIPTextConditioner:
             return
         self._named.add(caption)
         # the last place is the end token's, so the first token left out is the one that would have stood there
-        start = full["offset_mapping"][self.max_tokens - 1][0]
-        while start and not caption[start - 1].isspace():
-            start -= 1
+        dropped = caption[full["offset_mapping"][self.max_tokens - 1][0] :]
         _logger.warning(
-            "the text model reads %d tokens, the prompt %r... has %d: dropped from its end: %r",
+            "the text model reads %d tokens, the prompt %r... has %d: dropped from its end: %d tokens, %r%s",
             self.max_tokens,
             caption[:40],
             number,
-            caption[start:],
+            number - self.max_tokens,
+            dropped[:SHOWN],
+            "..." if len(dropped) > SHOWN else "",
         )
         if len(self._named) == MAX_NAMED:
             _logger.warning("%d prompts were truncated so far; no more are named", MAX_NAMED)
@@ -269,6 +291,10 @@ def make_conditioner(
     return CLIPTextConditioner(text_encoder, context_dim, null_caption, device, cache_megabytes)
 
 
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def _find_parts(folder: Path) -> tuple[Path, Path]:
     """Folders of the text model and of its tokenizer."""
     if not folder.is_dir():
@@ -302,8 +328,11 @@ def _hidden_size(encoder: Path) -> int:
     try:
         # from a folder without the file transformers makes a configuration of defaults
         return CLIPTextConfig.from_pretrained(encoder / "config.json", local_files_only=True).hidden_size
-    except (OSError, ValueError) as error:
-        raise UserError(f"no config.json of a CLIP text model in {encoder}; copy the whole folder") from error
+    # whatever stands in it: no JSON, a list, a text for a number, no heads
+    except Exception as error:
+        raise UserError(
+            f"no config.json of a CLIP text model in {encoder} ({type(error).__name__}); copy the whole folder"
+        ) from error
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizerFast:
@@ -340,5 +369,12 @@ def _load_text_model(weights: Path, dtype: torch.dtype) -> CLIPTextModel:
         raise UserError(
             f"{weights} lacks {len(report['missing_keys'])} of the text model's weights, among them "
             f"{min(report['missing_keys'])}; name the folder of a CLIP text model with --text_encoder"
+        )
+    # what config.json has no layer for would be left out: a text model cut short
+    unexpected = [name for name in report["unexpected_keys"] if not name.endswith("position_ids")]
+    if unexpected:
+        raise UserError(
+            f"{weights} holds {len(unexpected)} weights that the config.json beside it has no place for, among them "
+            f"{min(unexpected)}; copy text_encoder/ anew, both files from the same model"
         )
     return model

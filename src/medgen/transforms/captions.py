@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from monai.config import KeysCollection
@@ -16,8 +16,8 @@ __all__ = ["Captiond", "RandCaptiond", "RandDropLabeld"]
 class Captiond(MapTransform):
     """The first sentences of an item's report, joined by a space: the same caption at every call.
 
-    An item without ``sentences`` takes its ``text`` as it stands, and one without either the empty caption. Sentences
-    that are empty or blank do not count.
+    Sentences that are empty or blank do not count. An item without ``sentences``, or with none that count, takes its
+    ``text`` as it stands, and one without either the empty caption.
 
     Args:
         keys: where an item's list of sentences stands; those of several keys are joined.
@@ -44,10 +44,8 @@ class Captiond(MapTransform):
 
     def sentences(self, item: Mapping[Hashable, Any]) -> list[str]:
         """What an item's caption is made of: its sentences, else its text as one, else nothing."""
-        found = [item[key] for key in self.key_iterator(item) if item[key] is not None]
-        found = found or [item.get("text") or ""]
-        each = [part for value in found for part in ([value] if isinstance(value, str) else value)]
-        return [sentence.strip() for sentence in each if sentence.strip()]
+        values = [item[key] for key in self.key_iterator(item) if item[key] is not None]
+        return _texts(values) or _texts([item.get("text") or ""])
 
 
 class RandCaptiond(RandomizableTransform, Captiond):
@@ -127,6 +125,12 @@ class RandDropLabeld(RandomizableTransform, MapTransform):
             if self._do_transform or d[key] is None:
                 d[key] = self.num_classes
         return d
+
+
+def _texts(values: Iterable[str | Iterable[str]]) -> list[str]:
+    """Those of texts, and of lists of texts, that have something in them."""
+    each = [part for value in values for part in ([value] if isinstance(value, str) else value)]
+    return [text.strip() for text in each if text.strip()]
 
 
 def _probability(drop_prob: float) -> float:

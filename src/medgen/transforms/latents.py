@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, MapTransform, Randomizable, RandomizableTransform, Transform
+from monai.transforms import Compose, LoadImage, MapTransform, Randomizable, RandomizableTransform, Transform
 
 from medgen.data.latents import LatentScaling
 from medgen.data.stream import derive_seed
@@ -131,16 +133,19 @@ def transform_digest(transform: Transform | Sequence[Transform]) -> str:
     """Fingerprint of what transforms do: of their classes, their plain settings, and those of the transforms inside.
 
     Args:
-        transform: one, such as a ``Compose``, or several; not yet used, since random ones keep what they drew.
+        transform: one, such as a ``Compose``, or several.
 
     Returns:
         SHA-256, 64 hexadecimal digits.
+
+    Raises:
+        UserError: a setting that cannot be told apart from another, such as a lambda.
     """
     return hashlib.sha256(json.dumps(_described(transform), sort_keys=True).encode()).hexdigest()
 
 
 def _described(value: Any) -> Any:
-    """What of a transform's attributes JSON can hold; random states and loaded files are no settings."""
+    """What JSON can hold of a transform's settings; numbers of NumPy by value, functions and classes by name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -148,10 +153,40 @@ def _described(value: Any) -> Any:
     if isinstance(value, Compose):
         return [_described(entry) for entry in value.transforms]
     if isinstance(value, Transform):
-        settings = {name: _described(entry) for name, entry in vars(value).items() if name != "R"}
-        return {"class": type(value).__qualname__, **settings}
+        return {"class": _name(type(value)), **_settings(value)}
     if isinstance(value, Mapping):
         return {str(name): _described(entry) for name, entry in value.items()}
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return type(value).__qualname__ if not isinstance(value, type) else value.__qualname__
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return {"dtype": str(value.dtype), "values": value.tolist()}
+    if isinstance(value, torch.dtype | torch.device | np.dtype | slice):
+        return str(value)
+    if isinstance(value, type | FunctionType | BuiltinFunctionType):
+        return _name(value)
+    if hasattr(value, "__dict__") and not callable(value):  # such as an image reader
+        return {"class": _name(type(value)), **_settings(value)}
+    raise UserError(f"a transform's settings must be plain values, got {value!r:.80}; use a transform of its own")
+
+
+def _name(value: Any) -> str:
+    """Where a class or function is defined; what has no name of its own there cannot be told from another."""
+    if "<" in value.__qualname__:
+        raise UserError(f"a transform must not hold {value.__qualname__}, got one; use a function of a module")
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """Attributes but those that a random transform sets as it draws, and those that say where and how it runs."""
+    drawn = {"R", "_tracing", "device"}
+    if isinstance(value, Randomizable):
+        methods = (method for base in type(value).__mro__ for method in vars(base).values())
+        drawn |= {
+            step.argval
+            for method in methods
+            if isinstance(method, FunctionType) and method.__name__ != "__init__"
+            for step in dis.get_instructions(method)
+            if step.opname == "STORE_ATTR"
+        }
+    settings = {name: entry for name, entry in vars(value).items() if name not in drawn}
+    if isinstance(value, LoadImage) and not value.auto_select:
+        settings["readers"] = value.readers[-1:]  # the one that was named: the others are what MONAI found installed
+    return {name: _described(entry) for name, entry in settings.items()}
