@@ -165,7 +165,7 @@ class LatentDiffusionSampler(Inferer):
         self._check_images(len(seeds), images, masks)
         if masks is not None and not self.sampler.is_stochastic:
             logger.warning(
-                f"{self.sampler.name} adds no noise on its way, so that what it paints hardly follows the surroundings; "
+                f"{self.sampler.name} adds no noise on its way, so what it paints hardly follows the surroundings; "
                 "--sampler ddpm --num_steps 100 does"
             )
         device = next(network.parameters()).device
