@@ -148,7 +148,7 @@ def test_pixels_and_cached_latents_give_the_same_validation_loss(train, tmp_path
 
 
 def test_configuration_is_that_of_the_source():
-    """FACTS of generative_chestxray, with what it lacked: EMA, warm-up and clipping."""
+    """Constants of generative_chestxray, with what it lacked: EMA, warm-up and clipping."""
     parser = ConfigParser()
     parser.read_config(BUNDLE / "configs" / "train.json")
     parser["conditioning"] = "text"

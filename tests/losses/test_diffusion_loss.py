@@ -24,7 +24,7 @@ def drawn(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def alpha_bar(timesteps: torch.Tensor) -> torch.Tensor:
-    """The source's schedule (FACTS: scaled-linear from 0.0015 to 0.0205), restated in float64."""
+    """The source's schedule (scaled-linear from 0.0015 to 0.0205), restated in float64."""
     betas = np.linspace(0.0015**0.5, 0.0205**0.5, 1000) ** 2
     return torch.from_numpy(np.cumprod(1 - betas)[timesteps.numpy()]).view(-1, 1, 1, 1)
 
