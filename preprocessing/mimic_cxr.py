@@ -566,7 +566,8 @@ def _report_bytes(job: c.Job) -> bytes:
     try:
         with open(job.path, "rb") if job.path.endswith(".txt") else _archive(job.path).open(job.file) as file:
             data = file.read(LONGEST_REPORT + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    # RuntimeError: encrypted, or packed in a way that zipfile does not know
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise c.UnreadableImageError(f"damaged in the archive ({c.one_line(error)})") from error
     if len(data) > LONGEST_REPORT:
         raise c.UnreadableImageError(f"larger than {LONGEST_REPORT} bytes, no report")
