@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medgen.networks.autoencoder_kl import KLAutoencoder, PosteriorReconstruction, load_autoencoder
 from medgen.networks.conditioning import CLIPTextConditioner, LabelConditioner, make_conditioner
+from medgen.networks.pggan import PGGAN_PRESETS, PGGANDiscriminator, PGGANGenerator
 from medgen.networks.stylegan2 import (
     STYLEGAN2_PRESETS,
     StyleGAN2Discriminator,
@@ -12,10 +13,13 @@ from medgen.networks.stylegan2 import (
 )
 
 __all__ = [
+    "PGGAN_PRESETS",
     "STYLEGAN2_PRESETS",
     "CLIPTextConditioner",
     "KLAutoencoder",
     "LabelConditioner",
+    "PGGANDiscriminator",
+    "PGGANGenerator",
     "PosteriorReconstruction",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
