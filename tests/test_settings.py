@@ -13,6 +13,7 @@ from medgen.settings import (
     check_between,
     check_choice,
     check_device,
+    check_enough,
     check_labelled,
     check_multiple,
     check_names,
@@ -153,3 +154,11 @@ print(gone, kept)
     gone, kept = map(int, done.stdout.split())  # kilobytes
     assert gone < 20_000
     assert kept > 150_000
+
+
+def test_splits_that_are_too_small_for_what_is_measured_on_them_are_refused():
+    check_enough(2, training=[1, 2], validation=[1, 2, 3])
+    with pytest.raises(UserError, match=r"the validation split must hold at least 2 images, got 1; make the splits"):
+        check_enough(2, training=[1, 2], validation=[1])
+    with pytest.raises(UserError, match=r"the test split must hold at least 3 images of label 1, got 0"):
+        check_enough(3, 1, test=[])

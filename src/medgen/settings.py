@@ -7,7 +7,7 @@ import difflib
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "check_between",
     "check_choice",
     "check_device",
+    "check_enough",
     "check_labelled",
     "check_multiple",
     "check_names",
@@ -161,6 +162,26 @@ def check_whole(minimum: int = 1, **settings: int) -> None:
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise UserError(f"{name} must be a whole number of at least {minimum}, got {value!r}; set --{name}")
+
+
+def check_enough(minimum: int, label: int | str | None = None, **splits: Sized) -> None:
+    """See that splits hold enough images for what will be measured on them, before a training and not after it.
+
+    Args:
+        minimum: images.
+        label: class that the splits were reduced to, for the message.
+        splits: name -> items.
+
+    Raises:
+        UserError: names the first that does not.
+    """
+    for name, items in splits.items():
+        if len(items) < minimum:
+            of = "" if label is None else f" of label {label}"
+            raise UserError(
+                f"the {name} split must hold at least {minimum} images{of}, got {len(items)}; make the splits anew "
+                "with more of them"
+            )
 
 
 def check_multiple(factor: int, **settings: int | Sequence[int]) -> None:

@@ -11,7 +11,8 @@ from ignite.engine import Engine, Events
 from PIL import Image
 
 from medgen.handlers import MetricsJSON, ReconstructionGrid, SampleGrid, save_grid, scalars
-from medgen.networks import StyleGAN2Generator
+from medgen.inferers import draw_latents
+from medgen.networks import PGGANGenerator, StyleGAN2Generator
 
 
 def test_grid_shows_rows_below_each_other_and_images_upright(tmp_path):
@@ -91,6 +92,24 @@ def test_sample_grid_shows_the_same_latents_below_real_images(num_classes, tmp_p
     assert (pictures[0][:16, 36:] == 0).all()  # a batch of two leaves the third place black
     assert pictures[0][18:].std() > 10
     assert (pictures[0] == pictures[2]).all()
+
+
+def test_sample_grid_of_a_growing_network_has_its_full_size_and_a_caption(tmp_path):
+    network = PGGANGenerator((4, 4, 4), latent_dim=4).eval()
+    network.grow(8)
+    engine = Engine(lambda *_: [{"image": torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)}])
+    engine.images_seen, engine.state.device, engine.caption = 10, "cpu", "10 images, 8 px"
+    SampleGrid(network, tmp_path, rows=1, columns=2, size=16).attach(engine)
+    engine.run([0], max_epochs=1)
+    picture = np.asarray(Image.open(tmp_path / "samples_000000010.png"))
+    caption, grid = picture[: -2 * 18 + 2], picture[-2 * 18 + 2 :]
+    assert len(caption) > 8
+    assert (caption == 0).any()
+    assert (caption == 255).any()
+    pixels = np.linspace(0, 255, 64).round().reshape(8, 8)
+    assert (grid[:16, :16] == np.kron(pixels, np.ones((2, 2)))).all()
+    expected = network(draw_latents([0, 1], 4))[0, 0].detach().numpy() / 2 + 0.5
+    assert (grid[18:, :16] == np.kron((expected.clip(0, 1) * 255).round(), np.ones((2, 2)))).all()
 
 
 def test_metrics_json_is_one_flat_object_with_n_git_and_extras(tmp_path):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,22 +11,15 @@ import torch
 import torch.distributed as dist
 from monai.engines.utils import default_prepare_batch
 from monai.utils.enums import CommonKeys as Keys
-from torch import nn
 
 from medgen.data.stream import ResumableDataLoader
-from medgen.engines.trainer import GenerativeTrainer
+from medgen.engines.adversarial import AdversarialTrainer
 from medgen.errors import UserError
 from medgen.losses import PathLengthRegulariser, discriminator_loss, generator_loss, r1_penalty
 from medgen.networks import STYLEGAN2_PRESETS, StyleGAN2Discriminator, StyleGAN2Generator
 from medgen.transforms import AdaptiveAugment, AugmentController
 
-__all__ = [
-    "STYLEGAN2_TRAINING",
-    "StyleGAN2Trainer",
-    "batch_per_process",
-    "exponential_moving_copy",
-    "stylegan2_setting",
-]
+__all__ = ["STYLEGAN2_TRAINING", "StyleGAN2Trainer", "stylegan2_setting"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,27 +58,7 @@ def stylegan2_setting(preset: str, name: str) -> Any:
     return STYLEGAN2_TRAINING[preset][name]
 
 
-def batch_per_process(total: int) -> int:
-    """A process's share of the images in a step, by torchrun's WORLD_SIZE.
-
-    Raises:
-        UserError: the processes cannot share them evenly.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if total % processes:
-        raise UserError(
-            f"{processes} processes cannot share the preset's {total} images of a step evenly; set --batch_size, which "
-            "is each process's own, or start another number of processes"
-        )
-    return total // processes
-
-
-def exponential_moving_copy(network: nn.Module) -> nn.Module:
-    """A copy for the moving average: in evaluation mode, without gradients."""
-    return copy.deepcopy(network).eval().requires_grad_(False)
-
-
-class StyleGAN2Trainer(GenerativeTrainer):
+class StyleGAN2Trainer(AdversarialTrainer):
     """StyleGAN2 with lazy regularisation and adaptive discriminator augmentation (ADA).
 
     Karras et al. 2020, arXiv 1912.04958, and Karras et al. 2020, arXiv 2006.06676. A step is: generator by the
@@ -95,10 +66,6 @@ class StyleGAN2Trainer(GenerativeTrainer):
     discriminator by the logistic loss; R1 in each ``r1_interval``-th step; moving average; control of the augmentation.
     Each regularisation is a backward pass and an optimiser step of its own: give the optimisers
     :func:`medgen.losses.lazy_adam_settings`. The discriminator sees augmented images only, real and generated.
-
-    Several processes average their gradients after each backward pass instead of going through
-    DistributedDataParallel, whose hooks do not follow a penalty's double backward pass; the networks of rank 0 are
-    handed to all at the start.
 
     ``state.output[0]`` holds ``image``, ``pred`` (generated, not augmented, [-1, 1]) and detached scalars: ``loss`` (of
     the generator), ``discriminator``, ``real_sign`` (mean sign of D(real), which rises towards 1 as D overfits),
@@ -158,13 +125,6 @@ class StyleGAN2Trainer(GenerativeTrainer):
         train_handlers: Sequence | None = None,
         components: Mapping[str, Any] | None = None,
     ) -> None:
-        for name in ("image_size", "num_classes"):
-            of_g, of_d = getattr(generator, name), getattr(discriminator, name)
-            if of_g != of_d:
-                raise UserError(
-                    f"the generator has {name} {of_g}, the discriminator {of_d}; set network_def and discriminator_def "
-                    "to one"
-                )
         if not 0 <= style_mixing <= 1:
             raise UserError(f"style_mixing must be a probability from 0 to 1, got {style_mixing}; set it to 0.9")
         if not (ema_images >= 0 and ema_rampup >= 0):
@@ -183,8 +143,6 @@ class StyleGAN2Trainer(GenerativeTrainer):
                 "generator from collapsing, has nothing to see; raise --batch_size"
             )
         discriminator.freeze_layers(freeze_d)  # a wrong number is told now, not in the first step
-        self.generator, self.discriminator, self.ema = generator, discriminator, ema
-        self.g_optimizer, self.d_optimizer = g_optimizer, d_optimizer
         self.augment, self.augment_controller = augment, augment_controller
         self.path_length = path_length.to(device) if path_length is not None else None
         self.r1_gamma, self.r1_interval = r1_gamma, r1_interval
@@ -197,22 +155,16 @@ class StyleGAN2Trainer(GenerativeTrainer):
             device=device,
             max_epochs=max_epochs,
             train_data_loader=train_data_loader,
-            components={
-                "generator": generator,
-                "discriminator": discriminator,
-                "ema": ema,
-                "g_optimizer": g_optimizer,
-                "d_optimizer": d_optimizer,
-                "path_length": path_length,
-                "augment": augment_controller,
-                **(components or {}),
-            },
+            generator=generator,
+            discriminator=discriminator,
+            g_optimizer=g_optimizer,
+            d_optimizer=d_optimizer,
+            ema=ema,
+            components={"path_length": path_length, "augment": augment_controller, **(components or {})},
             seed=seed,
             prepare_batch=prepare_batch,
-            non_blocking=True,  # from pinned memory
             train_handlers=train_handlers,
         )
-        self._share_networks()
 
     @property
     def precision(self) -> str:
@@ -267,16 +219,6 @@ class StyleGAN2Trainer(GenerativeTrainer):
         # a list, as of MONAI's own trainers after decollating: its loggers read the first entry
         return [{Keys.IMAGE: image, Keys.PRED: fake, Keys.LOSS: loss.detach(), **scalars}]
 
-    def _label(self, label: torch.Tensor | None) -> torch.Tensor | None:
-        if not self.generator.num_classes:
-            return None
-        if label is None:
-            raise UserError(
-                f"a network with {self.generator.num_classes} classes needs a label for each image, the datalist has "
-                "none; add the label to its items or set --num_classes 0"
-            )
-        return label.as_tensor() if hasattr(label, "as_tensor") else label
-
     def _latents(self, count: int) -> torch.Tensor:
         return torch.randn(count, self.generator.latent_dim, device=self.state.device)
 
@@ -322,19 +264,6 @@ class StyleGAN2Trainer(GenerativeTrainer):
         self.discriminator.requires_grad_(True)
         self.discriminator.freeze_layers(self.freeze_d)
 
-    def _update(self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: torch.Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if idist.get_world_size() > 1:
-            # the same parameters have gradients in all processes: those that the loss depends on
-            gradients = [p.grad for p in network.parameters() if p.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= idist.get_world_size()
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        optimizer.step()
-
     @torch.no_grad()
     def _average(self) -> None:
         """One step of the moving average; ADA's code gives it a half-life in images that grows with the training."""
@@ -346,17 +275,3 @@ class StyleGAN2Trainer(GenerativeTrainer):
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
         for average, buffer in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
             average.copy_(buffer)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # several processes
-
-    def _mean_over_processes(self, value: torch.Tensor) -> None:
-        if idist.get_world_size() > 1:
-            dist.all_reduce(value)
-            value /= idist.get_world_size()
-
-    def _share_networks(self) -> None:
-        if idist.get_world_size() > 1:
-            for network in (self.generator, self.discriminator, self.ema):
-                for value in network.state_dict().values():
-                    dist.broadcast(value, 0)

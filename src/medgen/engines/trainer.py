@@ -83,6 +83,27 @@ class GenerativeTrainer(Trainer):
         """Training images handed out so far, on all ranks."""
         return self.data_loader.images_seen
 
+    @property
+    def total_images(self) -> int:
+        """Training images of the whole training."""
+        return self.state.max_epochs * len(self.data_loader) * self.data_loader.global_batch_size
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the last step was the last of its epoch."""
+        return self.state.iteration % len(self.data_loader) == 0
+
+    @property
+    def plan(self) -> str:
+        """What the training will do, in words."""
+        loader = self.data_loader
+        return f"{self.state.max_epochs} epochs of {len(loader)} steps of {loader.global_batch_size} images"
+
+    def count(self, images_seen: int) -> tuple[int, int]:
+        """Iterations and epochs that were over when so many images had been seen."""
+        iteration = images_seen // self.data_loader.global_batch_size
+        return iteration, iteration // len(self.data_loader)
+
     def autocast(self) -> AbstractContextManager:
         """Context of mixed precision for this trainer's device."""
         return autocast(self.state.device, self.use_amp)
@@ -159,6 +180,5 @@ class GenerativeTrainer(Trainer):
                 check_same_shapes(f"{name} of the checkpoint", part.state_dict(), state["components"][name])
             part.load_state_dict(state["components"][name])
         self.data_loader.images_seen = state["images_seen"]
-        self.state.iteration = state["images_seen"] // self.data_loader.global_batch_size
         # epochs that are over: ignite counts the one it goes on with itself
-        self.state.epoch = self.state.iteration // len(self.data_loader)
+        self.state.iteration, self.state.epoch = self.count(state["images_seen"])

@@ -133,7 +133,7 @@ class TrainingCheckpoint:
 
     def save_within_epoch(self, engine: GenerativeTrainer) -> None:
         """Save, but not at an epoch's last iteration: what happens at its end (validation) belongs before that save."""
-        if engine.state.iteration % len(engine.data_loader):
+        if not engine.at_epoch_end:
             self.save(engine)
 
     def save(self, engine: GenerativeTrainer) -> None:

@@ -10,7 +10,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,22 +19,29 @@ from medgen.output import atomic_file
 
 __all__ = ["DiffusionGrid", "ReconstructionGrid", "SampleGrid", "save_grid"]
 
+CAPTION = 18  # height of a caption in pixels
 
-def save_grid(rows: Sequence[torch.Tensor], path: str | Path, gap: int = 2) -> None:
+
+def save_grid(rows: Sequence[torch.Tensor], path: str | Path, gap: int = 2, caption: str = "") -> None:
     """Write rows of images as one 8-bit PNG.
 
     Args:
         rows: tensors (N, C, H, W) in [0, 1], C 1 or 3, equal shapes; values outside are clipped.
         path: the PNG; written whole or not at all.
         gap: white pixels between images.
+        caption: a line above the images.
     """
     batch = torch.stack([row.detach().float().cpu() for row in rows])  # (R, N, C, H, W)
     batch = F.pad(batch, (0, gap, 0, gap), value=1.0)
     R, N, C, H, W = batch.shape
     picture = batch.permute(0, 3, 1, 4, 2).reshape(R * H, N * W, C)[: -gap or None, : -gap or None]
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    image = Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if C == 1 else pixels))
+    if caption:
+        image = ImageOps.expand(image, (0, CAPTION, 0, 0), fill="white")
+        ImageDraw.Draw(image).text((2, 0), caption, fill="black", font=ImageFont.load_default(CAPTION - 4))
     with atomic_file(path) as file:
-        Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if C == 1 else pixels)).save(file, format="PNG")
+        image.save(file, format="PNG")
 
 
 class ReconstructionGrid:
@@ -115,6 +122,8 @@ class SampleGrid:
         rows: of generated images; with classes, classes take turns.
         columns: images in a row.
         seed: of the first image; the others follow, as in :class:`medgen.inferers.GeneratorInferer`.
+        size: side that smaller images, those of a growing network, are enlarged to; None leaves them as they are. The
+            trainer's ``caption``, if it has one, stands above the images.
     """
 
     def __init__(
@@ -126,7 +135,9 @@ class SampleGrid:
         rows: int = 4,
         columns: int = 8,
         seed: int = 0,
+        size: int | None = None,
     ) -> None:
+        self.size = size
         self.network, self.folder, self.interval, self.name = network, Path(folder), interval, name
         self.rows, self.columns, self.seed = rows, columns, seed
 
@@ -153,7 +164,10 @@ class SampleGrid:
             if self.network.num_classes:
                 labels = (row * self.columns + torch.arange(self.columns, device=device)) % self.network.num_classes
             rows.append(self.network(z, labels=labels).float().cpu())
-        save_grid([row / 2 + 0.5 for row in rows], self.folder / f"{self.name.format(images=engine.images_seen)}.png")
+        if self.size is not None:
+            rows = [F.interpolate(row, size=self.size, mode="nearest") for row in rows]
+        path = self.folder / f"{self.name.format(images=engine.images_seen)}.png"
+        save_grid([row / 2 + 0.5 for row in rows], path, caption=getattr(engine, "caption", ""))
 
 
 class DiffusionGrid:

@@ -53,18 +53,15 @@ class TrainingProgress:
 
     def start(self, engine: Engine) -> None:
         """Name the run and open the bar."""
-        loader = engine.data_loader
-        total = engine.state.max_epochs * len(loader) * loader.global_batch_size
         logger.info(
-            f"run {self.run_name}: {engine.state.max_epochs} epochs of {len(loader)} steps of "
-            f"{loader.global_batch_size} images on {engine.state.device} in {engine.precision}, "
+            f"run {self.run_name}: {engine.plan} on {engine.state.device} in {engine.precision}, "
             f"{idist.get_world_size()} process(es)"
         )
         engine.state.images_per_second = 0.0
         self._images, self._busy = 0, 0.0
         self._shown = time.monotonic()
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=engine.images_seen, unit="img", dynamic_ncols=True)
+            self.bar = tqdm(total=engine.total_images, initial=engine.images_seen, unit="img", dynamic_ncols=True)
 
     def tick(self, engine: Engine) -> None:
         """Start the clock of a step: what happens between steps (validation, pictures) does not count."""
@@ -76,7 +73,7 @@ class TrainingProgress:
         step = engine.data_loader.global_batch_size
         self._busy += now - self._clock
         self._images += step
-        last = engine.state.iteration == engine.state.max_epochs * len(engine.data_loader)
+        last = engine.images_seen >= engine.total_images
         if self.bar is not None:
             self.bar.update(step)
         if now - self._shown < (0.5 if self.bar is not None else self.log_seconds) and not last:
@@ -89,7 +86,7 @@ class TrainingProgress:
             self.bar.set_description(f"epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False)
             self.bar.set_postfix_str(f"{losses}, {speed}", refresh=False)
         else:
-            done = engine.state.iteration / (engine.state.max_epochs * len(engine.data_loader))
+            done = min(engine.images_seen / engine.total_images, 1.0)
             logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs} ({done:.0%}): {losses}, {speed}")
         self._images, self._busy, self._shown = 0, 0.0, now
 

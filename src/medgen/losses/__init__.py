@@ -19,6 +19,7 @@ from medgen.losses.stylegan2 import (
     lazy_adam_settings,
     r1_penalty,
 )
+from medgen.losses.wasserstein import critic_loss, gradient_penalty
 
 __all__ = [
     "DiffusionLoss",
@@ -28,8 +29,10 @@ __all__ = [
     "PathLengthRegulariser",
     "PixelMSSSIMLoss",
     "ProjectionLoss",
+    "critic_loss",
     "discriminator_loss",
     "generator_loss",
+    "gradient_penalty",
     "lazy_adam_settings",
     "noise_correlation",
     "projection_loss",

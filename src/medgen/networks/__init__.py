@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medgen.networks.autoencoder_kl import KLAutoencoder, PosteriorReconstruction, load_autoencoder
 from medgen.networks.conditioning import CLIPTextConditioner, LabelConditioner, make_conditioner
+from medgen.networks.dropout_unet import DropoutUNet, GaussianDropout
 from medgen.networks.pggan import PGGAN_PRESETS, PGGANDiscriminator, PGGANGenerator
 from medgen.networks.stylegan2 import (
     STYLEGAN2_PRESETS,
@@ -16,6 +17,8 @@ __all__ = [
     "PGGAN_PRESETS",
     "STYLEGAN2_PRESETS",
     "CLIPTextConditioner",
+    "DropoutUNet",
+    "GaussianDropout",
     "KLAutoencoder",
     "LabelConditioner",
     "PGGANDiscriminator",

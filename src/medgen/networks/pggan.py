@@ -35,10 +35,10 @@ _WIDTHS = (512, 512, 512, 512, 256, 128, 64, 32, 16)  # from 4×4 to 1024×1024 
 _COLUMNS = ("channels", "latent_dim", "first_norm", "minibatch_group_size", "from_rgb_activation", "fused_scale")
 _ROWS: dict[str, tuple[Any, ...]] = {
     # name          channels from 4×4 up      Z   norm group from_rgb fused
-    "paper_1024": (_WIDTHS,                 512,  True,    4,  True,  True),  # the paper's
+    "paper_1024": (_WIDTHS,                 512,  True, None,  True,  True),  # the paper's
     "rsna_512":   (_WIDTHS[:-1],            512,  True,    4,  True,  True),  # chestXray-PGGAN: the paper's at 512
     "cxr14_1024": (_WIDTHS,                 512, False, None, False, False),  # CXR_PGGAN
-    "small_64":   ((128, 128, 96, 64, 32),  128,  True,    4,  True,  True),  # two CPU cores
+    "small_64":   ((128, 128, 64, 48, 24),  128,  True,    4,  True,  True),  # two CPU cores
     "demo_32":    ((48, 48, 32, 16),         64,  True,    4,  True,  True),  # minutes
 }  # fmt: skip
 PGGAN_PRESETS: dict[str, dict[str, Any]] = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()}
@@ -75,6 +75,39 @@ class EqualisedDense(nn.Module):
         return torch.addmm(self.bias, x, self.weight.T, alpha=self.weight_gain)
 
 
+class _TwiceConvolution(torch.autograd.Function):
+    """``F.conv2d`` whose derivative is itself made of ordinary convolutions.
+
+    PyTorch's own takes the weight's share of a gradient's derivative, which a gradient penalty needs, as a convolution
+    with a kernel as large as the feature map. Values and derivatives are the same.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int, padding: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.conv_transpose2d(grad, weight, None, ctx.stride, ctx.padding)
+        if _is_wanted(ctx, 1):
+            grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad, ctx.stride, ctx.padding)
+        if _is_wanted(ctx, 2):
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _is_wanted(ctx: Any, place: int) -> bool:
+    # needs_input_grad is about the forward pass; the first pass of a gradient penalty asks for the image's alone
+    return ctx.needs_input_grad[place] and torch._C._will_engine_execute_node(ctx.next_functions[place][0])
+
+
 class EqualisedConv(nn.Module):
     """Convolution at unchanged size, or together with nearest upsampling before it or 2×2 averaging after it.
 
@@ -87,10 +120,17 @@ class EqualisedConv(nn.Module):
         kernel_size: 1 or 3.
         gain: of the weights.
         resample: ``up``, ``down`` or None.
+        twice: whether gradients will be differentiated, as a gradient penalty does: that is faster then.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, gain: float = GAIN, resample: str | None = None
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        gain: float = GAIN,
+        resample: str | None = None,
+        twice: bool = False,
     ) -> None:
         super().__init__()
         weight = torch.randn(out_channels, in_channels, kernel_size, kernel_size)
@@ -99,28 +139,32 @@ class EqualisedConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.weight_gain = gain / math.sqrt(in_channels * kernel_size**2)
         self.padding = kernel_size // 2
-        self.resample = resample
+        self.stride = 2 if resample else 1
+        self.resample, self.twice = resample, twice
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, O, H, W), (B, O, 2H, 2W) or (B, O, H/2, W/2)."""
-        weight = self.weight * self.weight_gain
+        bias = self.bias
+        # pooling averages four places of the kernel; after upsampling they are summed
+        weight = self.weight * (self.weight_gain * (4 if self.resample == "up" else 1))
+        if self.resample:
+            weight = F.avg_pool2d(weight, 2, stride=1, padding=1)
         if self.resample == "up":
-            return F.conv_transpose2d(x, _widened(weight.flip(2, 3)).transpose(0, 1), self.bias, stride=2, padding=1)
-        if self.resample == "down":
-            return F.conv2d(x, _widened(weight) / 4, self.bias, stride=2, padding=1)
-        return F.conv2d(x, weight, self.bias, padding=self.padding)
-
-
-def _widened(weight: torch.Tensor) -> torch.Tensor:
-    """A kernel (O, C, 3, 3) convolved with 2×2 ones: (O, C, 4, 4)."""
-    weight = F.pad(weight, (1, 1, 1, 1))
-    weight = weight[:, :, 1:] + weight[:, :, :-1]
-    return weight[:, :, :, 1:] + weight[:, :, :, :-1]
+            return F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), bias, self.stride, self.padding)
+        if self.twice and torch.is_grad_enabled():
+            if torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+                x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+            # a view: autograd cannot be asked about a parameter itself
+            return _TwiceConvolution.apply(x, weight, bias.view_as(bias), self.stride, self.padding)
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
 
 
 def pixel_norm(x: torch.Tensor) -> torch.Tensor:
     """Each pixel's vector over the channels, divided by its root mean square (section 4.2)."""
-    return x * (x.square().mean(1, keepdim=True) + EPSILON).rsqrt()
+    # on a CPU a dot product's derivative takes half the time of a mean square's
+    mean = torch.linalg.vecdot(x, x, dim=1) / x.shape[1]
+    return x * (mean + EPSILON).rsqrt().unsqueeze(1)
 
 
 def minibatch_stddev(x: torch.Tensor, group_size: int | None) -> torch.Tensor:
@@ -211,7 +255,9 @@ class _Growing(nn.Module):
                 f"alpha must be from 0 to 1, and 1 at {BASE_SIDE}×{BASE_SIDE}, got {alpha} at {resolution}; set it to 1"
             )
         self._resolution, self._alpha = int(resolution), float(alpha)
-        self.growth.copy_(torch.tensor([float(resolution), float(alpha)]))
+        # filled, not copied: a GPU need not wait for the host
+        self.growth[0].fill_(self._resolution)
+        self.growth[1].fill_(self._alpha)
 
     @property
     def _level(self) -> int:
@@ -336,7 +382,7 @@ class _LastAnalysisBlock(nn.Module):
     def __init__(self, channels: int, out_features: int, minibatch_group_size: int | None) -> None:
         super().__init__()
         self.minibatch_group_size = minibatch_group_size
-        self.conv = EqualisedConv(channels + 1, channels, 3)
+        self.conv = EqualisedConv(channels + 1, channels, 3, twice=True)
         self.dense = EqualisedDense(BASE_SIDE**2 * channels, channels)
         self.out = EqualisedDense(channels, out_features, 1.0)
 
@@ -350,8 +396,9 @@ class _AnalysisBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, fused_scale: bool) -> None:
         super().__init__()
-        self.conv0 = EqualisedConv(in_channels, in_channels, 3)
-        self.conv1 = EqualisedConv(in_channels, out_channels, 3, resample="down" if fused_scale else None)
+        self.conv0 = EqualisedConv(in_channels, in_channels, 3, twice=True)
+        resample = "down" if fused_scale else None
+        self.conv1 = EqualisedConv(in_channels, out_channels, 3, resample=resample, twice=True)
         self.fused_scale = fused_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -389,11 +436,11 @@ class PGGANDiscriminator(_Growing):
         if minibatch_group_size is not None:
             _check_positive(minibatch_group_size=minibatch_group_size)
         self.in_channels, self.from_rgb_activation = in_channels, from_rgb_activation
-        self.minibatch_group_size = minibatch_group_size
+        self.minibatch_group_size, self.fused_scale = minibatch_group_size, fused_scale
         last = _LastAnalysisBlock(channels[0], 1 + num_classes, minibatch_group_size)
         earlier = [_AnalysisBlock(channels[i], channels[i - 1], fused_scale) for i in range(1, len(channels))]
         self.blocks = nn.ModuleList([last, *earlier])
-        self.from_rgb = nn.ModuleList([EqualisedConv(in_channels, width, 1) for width in channels])
+        self.from_rgb = nn.ModuleList([EqualisedConv(in_channels, width, 1, twice=True) for width in channels])
 
     @classmethod
     def from_preset(cls, preset: str, in_channels: int = 1, num_classes: int = 0) -> PGGANDiscriminator:

@@ -1,0 +1,55 @@
+"""Weights of each level of a progressively grown network."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import ignite.distributed as idist
+from ignite.engine import Events
+from torch import nn
+
+from medgen.engines.pggan import PGGANTrainer
+from medgen.handlers.checkpoint import atomic_save
+from medgen.inferers.pggan import LEVELS
+
+__all__ = ["LevelSaver"]
+
+logger = logging.getLogger(__name__)
+
+
+class LevelSaver:
+    """Keeps the weights as they are at the end of each level: ``levels/0064.pt`` beside the model.
+
+    A level's own output layer is no longer trained once the next one is in, while the layers below it go on changing:
+    images of that size come from these weights, not from the grown network's.
+
+    Attach it before :class:`medgen.handlers.TrainingCheckpoint`: a training that is killed between the two then writes
+    the level again.
+
+    Args:
+        network: the moving average.
+        model_path: file of the best weights.
+    """
+
+    def __init__(self, network: nn.Module, model_path: str | Path) -> None:
+        self.network, self.folder = network, Path(model_path).parent / LEVELS
+
+    def attach(self, engine: PGGANTrainer) -> None:
+        """Register on a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: PGGANTrainer) -> None:
+        """Save if the step was the last of its level.
+
+        Raises:
+            UserError: a weight is not a number.
+        """
+        if not engine.at_level_end:
+            return
+        engine.check_finite_weights()
+        if idist.get_rank() > 0:
+            return
+        path = self.folder / f"{self.network.resolution:04d}.pt"
+        atomic_save({name: value.cpu() for name, value in self.network.state_dict().items()}, path)
+        logger.info(f"{engine.images_seen} images: level {self.network.resolution} is over, saved to {path}")
