@@ -38,6 +38,7 @@ def test_phantom_help_lists_the_layouts_and_no_other():
     assert "chest:" in result.stdout
     assert "chestxray14:" in result.stdout
     assert "mimic-cxr:" in "".join(result.stdout.split())  # lines break at the hyphen
+    assert "rsna:" in result.stdout
     assert "isic" not in result.stdout
 
 
@@ -63,6 +64,7 @@ def test_help_of_phantom_imports_no_framework():
         ("chestxray14", "python -m preprocessing.chestxray14 --source {out}"),
         ("mimic-cxr", "python -m preprocessing.mimic_cxr organise --source {out}"),
         ("mimic_cxr", "python -m preprocessing.mimic_cxr organise --source {out}"),
+        ("rsna", "python -m preprocessing.rsna organise --source {out}"),
     ],
 )
 def test_phantom_says_what_it_made_and_what_to_type_next(layout, next_command, tmp_path):

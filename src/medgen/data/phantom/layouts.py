@@ -12,11 +12,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import find_objects, label
 from tqdm import tqdm
 
 from medgen import __version__
@@ -78,6 +80,12 @@ LATERAL_WIDTH = 0.75  # of the frontal radiograph's
 SIDE_MARGIN = 0.08  # of the image's width: what lies nearer to its middle is on neither side
 SIDED = ("Nodule", "Mass", "Consolidation", "Effusion", "Pneumothorax")
 
+RSNA_IMAGES = "stage_2_train_images"
+RSNA_LABELS, RSNA_CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
+RSNA_MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
+RSNA_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+RSNA_OPACITIES = ("Consolidation", "Mass", "Nodule")  # denser than the lung about them; each has a box
+
 # Stored values of the DICOM files. The film's black and white are not the ends of the 12 bits, so that a reader which
 # ignores the window, or applies it before inverting MONOCHROME1, gives a visibly wrong image.
 BITS_STORED = 12
@@ -85,6 +93,7 @@ STORED_BLACK, STORED_WHITE = 248, 3848
 STUDY_DATE = "20200101"
 DX_STORAGE = "1.2.840.10008.5.1.4.1.1.1.1"  # Digital X-Ray Image Storage - For Presentation
 CR_STORAGE = "1.2.840.10008.5.1.4.1.1.1"
+SC_STORAGE = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture
 VIEW_CODES = {  # DICOM CID 4010
     "PA": ("272479007", "postero-anterior"),
     "AP": ("399348003", "antero-posterior"),
@@ -451,6 +460,90 @@ def _save_mimic_dicom(path: Path, study: Study, image: ThoraxImage, spec: Phanto
     dataset.save_as(path, enforce_file_format=True)
 
 
+def _write_rsna(out: Path, spec: PhantomSpec, studies: Iterable[Study]) -> str:
+    """``stage_2_train_images/<id>.dcm``, the two tables, and the mapping that tells whose radiograph an id is."""
+    (out / RSNA_IMAGES).mkdir(exist_ok=True)
+    labels, classes, mapping, truth = [], [], [], []
+    for study in studies:
+        image = study.phantom.render(spec.size, study.findings)
+        name = _rsna_id(spec, study)
+        dataset = _rsna_dicom(study, image, spec, name)
+        dataset.save_as(out / RSNA_IMAGES / f"{name}.dcm", enforce_file_format=True)
+        boxes = _opacity_boxes(study, image, spec)
+        kind = "Lung Opacity" if boxes else "No Lung Opacity / Not Normal" if study.findings else "Normal"
+        # a row for each box in both tables
+        labels += [(name, *box, 1) for box in boxes] or [(name, "", "", "", "", 0)]
+        classes += [(name, kind)] * max(1, len(boxes))
+        nih = f"{study.patient + 1:08d}_{study.follow_up:03d}.png"
+        uids = {keyword: dataset[keyword].value for keyword in RSNA_UIDS}
+        mapping.append({"subset_img_id": name, "img_id": nih, "orig_labels": study.labels.split("|"), **uids})
+        masks = _save_masks(out, name, image, "png")
+        truth.append((f"{RSNA_IMAGES}/{name}.dcm", study.patient + 1, *_truth(study), *masks))
+    # by id, as published: neither table nor mapping shall give a patient's images one after the other
+    _save_csv(
+        out / RSNA_LABELS, ("patientId", "x", "y", "width", "height", "Target"), sorted(labels, key=itemgetter(0))
+    )
+    _save_csv(out / RSNA_CLASSES, ("patientId", "class"), sorted(classes, key=itemgetter(0)))
+    mapping.sort(key=itemgetter("subset_img_id"))
+    (out / RSNA_MAPPING).write_text(json.dumps(mapping) + "\n", encoding="utf-8", newline="\n")
+    _save_csv(out / "truth.csv", TRUTH_COLUMNS, truth)
+    first = _command("preprocessing.rsna", "organise", source=out, target=_sibling(out), size=spec.size)
+    return f"{first}; then the lungs' boxes by the bundle lung_segmentation, and crop"
+
+
+def _rsna_id(spec: PhantomSpec, study: Study) -> str:
+    """In the form of a UUID, as the challenge's ids are."""
+    digest = hashlib.sha256(f"{spec!r} {study.patient} {study.follow_up}".encode()).hexdigest()
+    return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
+
+
+def _opacity_boxes(study: Study, image: ThoraxImage, spec: PhantomSpec) -> list[tuple[float, float, float, float]]:
+    """Left, top, width and height in pixels of each opacity; other findings have no boxes."""
+    opacities = [finding for finding in study.findings if finding.label in RSNA_OPACITIES]
+    if not opacities:
+        return []
+    alone = len(opacities) == len(study.findings)
+    mask = image.anomaly_mask if alone else study.phantom.render(spec.size, opacities).anomaly_mask
+    places = find_objects(label(mask, np.ones((3, 3)))[0])
+    return [(float(x.start), float(y.start), float(x.stop - x.start), float(y.stop - y.start)) for y, x in places]
+
+
+def _rsna_dicom(study: Study, image: ThoraxImage, spec: PhantomSpec, name: str) -> Dataset:
+    """A radiograph as the challenge has them: 8-bit JPEG without a window, the id as the patient's."""
+    from pydicom.dataset import Dataset
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEGBaseline8Bit
+
+    view = study.phantom.acquisition.view
+    uid = _uids(spec)
+    ds = Dataset()
+    _describe(ds, "CR", study, "analytic thorax phantom", "chest radiograph", view)
+    ds.SOPClassUID = SC_STORAGE
+    ds.SOPInstanceUID = uid("image", study.patient, study.follow_up)
+    ds.StudyInstanceUID = uid("study", study.patient, study.follow_up)
+    ds.SeriesInstanceUID = uid("series", study.patient, study.follow_up)
+    ds.PatientID = name
+    ds.ConversionType = "WSD"
+    ds.BodyPartExamined = "CHEST"
+    ds.ViewPosition = view
+    ds.PatientOrientation = ""
+    ds.PixelSpacing = [str(_spacing_mm(spec.size))] * 2
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.Rows, ds.Columns = image.image.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
+    ds.PixelRepresentation = 0
+    ds.LossyImageCompression, ds.LossyImageCompressionMethod = "01", "ISO_10918_1"
+    stream = io.BytesIO()
+    Image.fromarray(np.rint(image.image * 255).astype(np.uint8)).save(stream, "JPEG", quality=95)
+    ds.LossyImageCompressionRatio = f"{image.image.size / stream.tell():.2f}"
+    ds.PixelData = encapsulate([stream.getvalue()])
+    ds["PixelData"].VR = "OB"
+    ds["PixelData"].is_undefined_length = True
+    _finish_file(ds)
+    ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    return ds
+
+
 _MIMIC_ENTRIES = ("files", "masks", "truth.csv", MIMIC_METADATA, MIMIC_CHEXPERT, MIMIC_SPLIT)
 LAYOUTS: dict[str, Layout] = {
     "chest": Layout("radiographs as a DICOM tree", ("images", "masks", "truth.csv"), _write_chest),
@@ -480,6 +573,12 @@ LAYOUTS: dict[str, Layout] = {
         _MIMIC_ENTRIES,
         partial(_write_mimic_cxr, dicom=True),
         noun="synthetic studies",
+        images_per_patient=2,
+    ),
+    "rsna": Layout(
+        "RSNA Pneumonia Detection Challenge 2018: DICOM, both tables, and the mapping to NIH patients",
+        (RSNA_IMAGES, "masks", "truth.csv", RSNA_LABELS, RSNA_CLASSES, RSNA_MAPPING),
+        _write_rsna,
         images_per_patient=2,
     ),
 }
