@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "latent_diffusion": ["ConvertedNetwork", "convert_latent_diffusion", "convert_state_dict"],
+        "pggan": ["ConvertedPGGAN", "PGGANWeights", "convert_pggan"],
+        "pggan_pickle": ["SnapshotNetwork", "read_pggan_pickle"],
         "restricted": ["module_state_dict", "read_module_weights", "read_records", "Record", "StoredTensor"],
         "rosinality": ["convert_rosinality"],
         "stylegan2": ["ConvertedStyleGAN2", "from_official", "official_settings", "to_official"],

@@ -189,6 +189,62 @@ def latent_diffusion(
         )
 
 
+@app.command("pggan")
+def pggan(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Snapshot of the official progressive GAN (TensorFlow, .pkl), or checkpoint of CXR_PGGAN (.pth) or of "
+            "the PyTorch GAN zoo (.pt, .pth, .npz)."
+        ),
+    ],
+    output: Output,
+    discriminator: Annotated[
+        Path | None,
+        typer.Option(
+            "--discriminator",
+            help="State dict of the discriminator to write (.pt), where the source has one.  [default: "
+            "discriminator.pt beside --output]",
+        ),
+    ] = None,
+    generator_only: Annotated[bool, typer.Option("--generator_only", help="Leave the discriminator out.")] = False,
+    config: Config = None,
+    force: Force = False,
+) -> None:
+    """Progressive GAN of three projects to model.pt, discriminator.pt and an overlay.
+
+    Of two generators in a file the moving average is taken. Weights know how far they are grown.
+    """
+    config = _targets(output, config, force)
+    discriminator = output.with_name("discriminator.pt") if discriminator is None else discriminator
+    files = (output, discriminator, config)
+    if len({path.resolve() for path in files}) < len(files):
+        raise UserError(
+            f"expected different files, got {', '.join(map(str, files))}; choose another --output, --discriminator or "
+            "--config"
+        )
+    from medgen.convert.pggan import convert_pggan
+
+    weights = convert_pggan(source, generator_only)
+    if weights.discriminator is not None:
+        _check_target("--discriminator", discriminator, ".pt", force)
+    written = [
+        (network, path)
+        for network, path in ((weights.generator, output), (weights.discriminator, discriminator))
+        if network is not None
+    ]
+    for network, path in written:
+        _save_weights(network.state, path)
+    _write_json(weights.overlay, config, "--config")
+    for network, path in written:
+        side, alpha = network.state["growth"].tolist()
+        fading = f", alpha {alpha:.3g}" if alpha < 1 else ""
+        typer.echo(
+            f"{source}, grown to {side:.0f} of {network.image_size} px{fading} -> {path} for {network.network.__name__}"
+        )
+    typer.echo(f"their settings -> {config}")
+
+
 @app.command("to-stylegan2-ada")
 def to_stylegan2_ada(
     source: Annotated[Path, typer.Argument(help="State dict of a StyleGAN2 generator or discriminator (model.pt).")],
