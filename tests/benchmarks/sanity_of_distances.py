@@ -2,7 +2,8 @@
 
     python tests/benchmarks/sanity_of_distances.py RADIOGRAPHS [--others FOLDER ...] [--count 500] [--image_size 256]
 
-prints the two tables of src/medgen/metrics/README.md. Nothing is downloaded and nothing is kept.
+prints the two tables of src/medgen/metrics/README.md; with --patches that of the sliced Wasserstein distance instead.
+Nothing is downloaded and nothing is kept.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from scipy.ndimage import convolve1d
 from medgen.data.image_set import ImageSet
 from medgen.metrics.memorisation import audit_memorisation
 from medgen.metrics.prdc import PRDC_NAMES
+from medgen.metrics.sliced_wasserstein import pyramid_sides, set_descriptors, sliced_wasserstein
 from medgen.report.measure import measure
 from medgen.report.measurements import Distance
 
@@ -27,6 +29,7 @@ BLUR_SIDE = 5  # kernel of the anomaly source's baseline; sigma 0 there means Op
 BLUR_SIGMA = 0.3 * ((BLUR_SIDE - 1) / 2 - 1) + 0.8
 NOISE_VARIANCE = 0.01  # on a range of 1, clipped
 PLANTED = 20  # copies of each kind
+DIVISIONS = 5  # of the radiographs, for the sliced Wasserstein distance
 
 
 def blurred(pixels: np.ndarray, _: np.random.Generator) -> np.ndarray:
@@ -144,6 +147,37 @@ def copies(images: ImageSet, count: int) -> None:
         print(f"| {kind} | {flagged[kind]} | {number} |")
 
 
+def patches(images: ImageSet, others: list[Path], count: int, image_size: int | None) -> None:
+    """Sliced Wasserstein distance of one half of the real images, level by level, from what the first table has."""
+
+    def described(taken: ImageSet, change=lambda pixels, _: pixels) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        changed = [change(np.rint(taken[i][0] * 255).astype(np.uint8), rng) for i in range(len(taken))]
+        return set_descriptors([(pixels[None] / 255).astype(np.float32) for pixels in changed])
+
+    found: dict[str, list[np.ndarray]] = {}
+    of_others = {}
+    for other in others:
+        taken = ImageSet.from_source(other, max_images=count, mode="L", image_size=image_size)
+        of_others[f"{other.name} ({len(taken)})"] = described(taken)
+    for seed in range(DIVISIONS):
+        reference, half = divided(images, 2, count, seed)
+        against = {"the other half": described(half)}
+        against["the other half, blurred"] = described(half, blurred)
+        against["the other half, noised"] = described(half, noised)
+        real = described(reference)
+        for name, samples in (against | of_others).items():
+            found.setdefault(name, []).append(sliced_wasserstein(real, samples, seed=seed))
+    sides = pyramid_sides(images[0].shape[-1])
+    print(f"\n{len(reference)} real images against {len(half)}, mean and range over {DIVISIONS} divisions\n")
+    columns = ("samples", "mean of levels", *(f"{side} pixels" for side in sides))
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for name, levels in found.items():
+        values = [[of.mean(), *of] for of in levels]
+        cells = [f"{np.mean(of):.3g} ({min(of):.3g} to {max(of):.3g})" for of in zip(*values, strict=True)]
+        print("| " + " | ".join([name, *cells]) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("radiographs", type=Path)
@@ -152,10 +186,14 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=None)
     parser.add_argument("--patient_pattern", default=None)
     parser.add_argument("--protocols", nargs="+", default=["frd_v1", "radiomics"])
+    parser.add_argument("--patches", action="store_true", help="print the sliced Wasserstein distance alone")
     arguments = parser.parse_args()
     images = ImageSet.from_source(
         arguments.radiographs, image_size=arguments.image_size, mode="L", patient_pattern=arguments.patient_pattern
     )
+    if arguments.patches:
+        patches(images, arguments.others, arguments.count, arguments.image_size)
+        return
     options = {"protocols": arguments.protocols, "image_size": arguments.image_size}
     options["patient_pattern"] = arguments.patient_pattern
     with tempfile.TemporaryDirectory() as folder:

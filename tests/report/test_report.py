@@ -181,6 +181,41 @@ def test_a_reference_that_was_trained_on_does_not_set_the_limit_of_copies(tmp_pa
     assert any("40 held-out images share their patient or their pixels" in note for note in found.memorisation.notes)
 
 
+def test_noise_is_told_by_the_patches_of_the_finest_level(tmp_path):
+    rng = np.random.default_rng(0)
+    reference = folder_of(tmp_path / "reference", range(30))
+    good = folder_of(tmp_path / "good", range(40, 70))
+    bad = folder_of(
+        tmp_path / "bad", range(40, 70), lambda p: np.clip(p + rng.normal(0, 25, p.shape), 0, 255).astype(np.uint8)
+    )
+
+    options = {"protocols": [PROTOCOL], "num_workers": 0, "progress": False}
+    near, far = (measure(samples, reference, **options) for samples in (good, bad))
+
+    assert [of.name for of in far.patches] == ["swd", "swd_64", "swd_32", "swd_16"]
+    for found in (near, far):
+        mean, *levels = found.patches
+        assert mean.distance.value == pytest.approx(np.mean([of.distance.value for of in levels]))
+        assert mean.baseline.mean == pytest.approx(np.mean([of.baseline.mean for of in levels]))
+        assert all(of.distance.low <= of.distance.value <= of.distance.high for of in found.patches)
+    finest, others = far.patches[1], near.patches[1]
+    assert finest.distance.low > others.distance.high
+    assert finest.equal.low > finest.baseline.high
+    assert others.equal.mean < 1.5 * others.baseline.mean
+    assert far.patches[3].distance.value < 1.5 * near.patches[3].distance.value
+    assert far.figures()["swd_64_equal_n_real"] == finest.baseline.mean
+
+
+def test_images_without_a_pyramid_have_no_distance_of_patches_and_that_is_said(tmp_path):
+    reference, samples = folder_of(tmp_path / "a", range(12)), folder_of(tmp_path / "b", range(20, 32))
+
+    found = measure(samples, reference, protocols=[PROTOCOL], image_size=48, num_workers=0, progress=False)
+
+    assert found.patches == []
+    (note,) = [note for note in found.notes if "sliced Wasserstein" in note]
+    assert "power of two from 4, got 48" in note
+
+
 def test_patients_are_resampled_as_a_whole(tmp_path):
     """Eight images of each of five patients: fewer independent ones, so a wider interval than of forty patients."""
     reference = tmp_path / "reference"

@@ -36,6 +36,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "KernelDistanceMetric",
             "PRDC",
             "PRDCMetric",
+            "SlicedWassersteinDistance",
+            "SlicedWassersteinDistanceMetric",
         ],
         "diversity": ["pairwise_ms_ssim", "PairwiseMultiScaleSSIM", "PairwiseMultiScaleSSIMMetric"],
         "feature_set": ["extract_features", "FeatureSet"],
@@ -57,5 +59,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "protocols": ["get_protocol", "make_extractor", "Protocol", "PROTOCOLS"],
         "radiomics": ["RadiomicsExtractor"],
         "reconstruction": ["ms_ssim_kernel_size", "MultiScaleSSIM", "shrink_enlarge"],
+        "sliced_wasserstein": ["sliced_wasserstein_distance"],
     },
 )

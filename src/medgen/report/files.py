@@ -122,6 +122,7 @@ def _details(found: Measurements) -> dict[str, Any]:
         "verdicts": found.verdicts(),
         "notes": found.notes,
         "distances": distances,
+        "sliced_wasserstein": [asdict(of) for of in found.patches],
         "diversity": {role: asdict(similarity) for role, similarity in found.diversity.items()},
         "paired": None if found.paired is None else {k: asdict(v) for k, v in found.paired.summary.items()},
         "memorisation": None if found.memorisation is None else found.memorisation.to_dict(),

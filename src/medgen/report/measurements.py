@@ -13,7 +13,7 @@ from medgen.data.image_set import ImageSet
 from medgen.metrics.intervals import Baseline, Estimate
 from medgen.output import git_revision, plain_json
 
-__all__ = ["Distance", "Measurements"]
+__all__ = ["Distance", "Measurements", "PatchDistance"]
 
 # name in metrics.json, where it is not the protocol's
 SHORT = {"frd_v1": "frd", "radiomics": "frd_full", "xrv": "fd_xrv", "xrv_ldm_source": "fd_xrv_ldm_source"}
@@ -77,6 +77,25 @@ class Distance:
         return [f"{name}: {of.note}" for name, of in estimates.items() if of is not None and of.note]
 
 
+@dataclass(frozen=True)
+class PatchDistance:
+    """The sliced Wasserstein distance of one level, or the mean over the levels.
+
+    Args:
+        name: in metrics.json: ``swd``, or ``swd_64`` for the level of 64 pixels.
+        title: for people.
+        distance: of all images, × 1000.
+        equal: the same between random halves of the reference and as many samples.
+        baseline: the same between the two halves of the reference; both None where it cannot be halved.
+    """
+
+    name: str
+    title: str
+    distance: Estimate
+    equal: Baseline | None
+    baseline: Baseline | None
+
+
 @dataclass
 class Measurements:
     """What :func:`medgen.report.measure.measure` found; None and empty stand for what was not asked for.
@@ -87,6 +106,7 @@ class Measurements:
         training: images that were searched for copies.
         feature_files: role -> (file, images, patients or None), where features were given instead of images.
         distances: one for each protocol.
+        patches: the sliced Wasserstein distance, mean and levels; empty where there are no images that it takes.
         diversity: role of a set -> its :class:`~medgen.metrics.diversity.PairwiseSimilarity`.
         paired: the :class:`~medgen.metrics.paired.PairedQuality`.
         memorisation: the :class:`~medgen.metrics.memorisation.MemorisationAudit`.
@@ -100,6 +120,7 @@ class Measurements:
     training: ImageSet | None
     feature_files: dict[str, tuple[str, int, int | None]]
     distances: list[Distance]
+    patches: list[PatchDistance]
     diversity: dict[str, Any]
     paired: Any
     memorisation: Any
@@ -135,6 +156,8 @@ class Measurements:
                 flat |= _flat(f"kid_{name}", distance.kernel, distance.kernel_equal, distance.kernel_baseline)
             for key, estimate in distance.prdc.items():
                 flat |= _flat(f"{key}_{name}", estimate)
+        for of in self.patches:
+            flat |= _flat(of.name, of.distance, of.equal, of.baseline)
         for role, similarity in self.diversity.items():
             flat |= _flat(f"ms_ssim_{role}", similarity)
         if self.paired is not None:
@@ -159,6 +182,7 @@ class Measurements:
             if distance.kernel is not None:
                 rows.append(_row("  kernel distance", distance.kernel, distance.kernel_equal, distance.kernel_baseline))
             rows += [_row(f"  {name}", estimate) for name, estimate in distance.prdc.items()]
+        rows += [_row(of.title, of.distance, of.equal, of.baseline) for of in self.patches]
         for role, similarity in self.diversity.items():
             rows.append(_row(f"MS-SSIM between {role}", similarity, n=f"{similarity.n_images} images"))
         if self.paired is not None:

@@ -68,6 +68,7 @@ def render(found: Measurements, title: str, created: str, versions: dict[str, st
         interval_text=_interval_text(found),
         repeats=REPEATS,
         nearest_k=NEAREST_K,
+        patches=found.patches,
         features=[_features(distance) for distance in found.distances if distance.differences],
         diversity=[{"role": role, "ms_ssim": of, **vars(of)} for role, of in found.diversity.items()],
         ms_ssim_window=next((of.window for of in found.diversity.values()), None),
