@@ -453,11 +453,14 @@ def tracked(bundle, workflow, tmp_path_factory):
     killed = make("train", "first")
     killed.initialize()
     engine = killed.parser.get_parsed_content("train#trainer")
-    steps = len(engine.data_loader)
+    steps = 0  # of an epoch
 
-    @engine.on(Events.ITERATION_COMPLETED(once=steps + 1))
+    @engine.on(Events.ITERATION_COMPLETED)
     def kill(_):
-        raise KilledError
+        nonlocal steps
+        if engine.state.epoch == 2:
+            raise KilledError
+        steps += 1
 
     with pytest.raises(KilledError):
         killed.run()

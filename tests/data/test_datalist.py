@@ -22,6 +22,7 @@ from medgen.data import (
     load_classes,
     load_datalist,
     reader,
+    select_label,
     split_by_patient,
     validate_datalist,
     write_datalist,
@@ -481,3 +482,22 @@ def test_split_that_must_be_normal_holds_no_anomaly(tmp_path):
     assert len(load_classes(tmp_path / "d.json", "training")) == 3
     with pytest.raises(UserError, match=r"1 of 3 items of split training are anomalous, the first is .*1\.png; "):
         load_classes(tmp_path / "d.json", "training", normal=True)
+
+
+@pytest.mark.parametrize(("label", "images"), [(None, "abcde"), (1, "bd"), ("1", "bd"), ("normal", "c")])
+def test_items_of_one_class(label, images):
+    labels = [0, 1, "normal", "1", None]
+    items = [{"image": name, "label": value} for name, value in zip("abcde", labels, strict=True)]
+
+    assert "".join(item["image"] for item in select_label(items, label)) == images
+
+
+def test_a_class_that_no_item_has_is_named_with_those_that_there_are():
+    items = [{"image": "a", "label": 0}, {"image": "b", "label": 0}, {"image": "c"}]
+
+    with pytest.raises(
+        UserError, match=r"label must be one that the datalist's items have, 0 \(2\), None \(1\), got 2"
+    ):
+        select_label(items, 2)
+    with pytest.raises(UserError, match="got 'None'"):
+        select_label(items, "None")

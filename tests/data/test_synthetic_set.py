@@ -272,3 +272,35 @@ def test_images_of_other_settings_are_not_joined(tmp_path):
         begin_generation(tmp_path, folder, {**record, "strength": 0.7}, resume=True)
     assert json.loads((tmp_path / "generation.json").read_text()) == {"strength": 0.5, "channels": [1, 2]}
     begin_generation(tmp_path, folder, record, resume=True)
+
+
+@pytest.mark.parametrize("label", [0, 1, "normal"])
+def test_images_of_a_generator_of_one_class_get_its_label(make, tmp_path, label):
+    samples = make([0, 1], label=label)
+    assert all("label" not in item for item in samples.todo)  # the generator takes none
+    samples.begin()
+    write(samples)
+    samples.finish()
+
+    items = load_datalist(tmp_path / "out" / "datalist.json", "training")
+    assert [item["label"] for item in items] == [label, label]
+    assert f"label {label}" in samples.provenance
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (None, 0), (0, None)])
+def test_samples_of_another_label_are_not_resumed(make, before, after):
+    samples = make([1], label=before)
+    samples.begin()
+    write(samples)
+
+    with pytest.raises(UserError, match=f"were made with label {before}, this run has {after}"):
+        make([2], label=after, resume=True).begin()
+    make([2], label=before, resume=True).begin()
+
+
+def test_a_label_that_is_none_is_refused(make):
+    with pytest.raises(UserError, match=r"label must be null for a network with 2 classes.*got 1; set --class_index"):
+        make(label=1, num_classes=2)
+    for wrong in (1.5, True, "", [0]):
+        with pytest.raises(UserError, match="label must be a whole number or a name, or null"):
+            make(label=wrong)

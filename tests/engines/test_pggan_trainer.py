@@ -60,6 +60,7 @@ def parts(num_classes=0) -> dict:
 def trainer(given: dict, pyramid: ImagePyramid, schedule=SCHEDULE, **kwargs) -> PGGANTrainer:
     settings = {
         "device": "cpu",
+        "max_epochs": -(-kwargs.get("max_images", schedule.total_images) // 20),
         "max_images": schedule.total_images,
         "epoch_images": 20,
         "train_data_loader": GrowingDataLoader(pyramid, schedule, seed=SEED),

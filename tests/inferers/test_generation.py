@@ -264,6 +264,9 @@ def test_classes_that_do_not_exist_are_refused():
     for wrong in (3, -1, 1.0, True):
         with pytest.raises(UserError, match="from 0 to 2, or null"):
             check_class(wrong, 3)
+    check_class(None, 0, required=True)
+    with pytest.raises(UserError, match="class_index must be from 0 to 2 for this network, got null"):
+        check_class(None, 3, required=True)
 
 
 def test_an_evaluator_gets_the_keys_that_the_batch_has():

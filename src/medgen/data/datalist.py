@@ -30,6 +30,7 @@ __all__ = [
     "load_datalist",
     "natural_key",
     "printable",
+    "select_label",
     "split_by_patient",
     "validate_datalist",
     "write_datalist",
@@ -551,6 +552,31 @@ def load_classes(
             )
         item["label"] = number
     return items
+
+
+def select_label(items: Iterable[Item], label: int | str | None) -> list[Item]:
+    """The items of one class, for a model of that class alone.
+
+    Args:
+        items: of a datalist.
+        label: the class, as the items have it, a number or a name; None takes all.
+
+    Returns:
+        The items, in their order.
+
+    Raises:
+        UserError: no item has this label.
+    """
+    items = list(items)
+    if label is None:
+        return items
+    # a number may arrive from the command line as a text
+    chosen = [item for item in items if item.get("label") is not None and str(item["label"]) == str(label)]
+    if not chosen:
+        counts = Counter(str(item.get("label")) for item in items)
+        there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        raise UserError(f"label must be one that the datalist's items have, {there}, got {label!r:.80}; set --label")
+    return chosen
 
 
 def _missing(paths: Iterable[str]) -> Iterator[str]:

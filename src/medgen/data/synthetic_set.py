@@ -123,9 +123,12 @@ class SyntheticSet:
         grid_images: most images in the grid.
         prompts: each is made with every seed; none for a network without.
         formats: of ``file_format``, those that the caller writes; ``png16`` is a PNG of 16 bits.
+        label: class of all images in the datalist, a number or a name, of a generator that was trained on one class
+            alone and has none of its own; None for none.
 
     Raises:
-        UserError: an unknown format, or a folder that holds samples already, or samples of other settings.
+        UserError: an unknown format, a label beside a generator's own classes, or a folder that holds samples already,
+            or samples of other settings.
     """
 
     def __init__(
@@ -144,13 +147,22 @@ class SyntheticSet:
         grid_images: int = 64,
         prompts: Sequence[str] = (),
         formats: Sequence[str] = ("png", "dicom"),
+        label: int | str | None = None,
     ) -> None:
         check_format(file_format, formats)
+        if label is not None and num_classes:
+            raise UserError(
+                f"label must be null for a network with {num_classes} classes, which label its images, got {label!r}; "
+                "set --class_index instead"
+            )
+        if label is not None and (isinstance(label, bool) or not isinstance(label, int | str) or label == ""):
+            raise UserError(f"label must be a whole number or a name, or null, got {label!r}; set --label 0")
         self.output_dir, self.model_path = Path(output_dir), Path(model_path)
         self.name, self.modality, self.grid_images = name, modality, grid_images
         self.suffix = SUFFIXES[file_format]
         self._settings = {**settings, "class_index": class_index, "file_format": file_format}
         self.num_classes, self.class_index, self.prompts = num_classes, class_index, list(prompts)
+        self.label = label
         self.items = self._items(dict.fromkeys(seeds))
         there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         there = {file for file in there if file.endswith(tuple(SUFFIXES.values())) and not file.startswith(".")}
@@ -209,9 +221,10 @@ class SyntheticSet:
 
     @property
     def record(self) -> dict[str, Any]:
-        """All that decides the pixels of a seed's image."""
+        """All that decides the pixels of a seed's image, and its label."""
         prompts = {"prompts": self.prompts} if self.prompts else {}
-        return {**prompts, **self._settings, "model_sha256": self.model_sha256}
+        label = {} if self.label is None else {"label": self.label}
+        return {**prompts, **self._settings, **label, "model_sha256": self.model_sha256}
 
     @property
     def provenance(self) -> str:
@@ -230,7 +243,7 @@ class SyntheticSet:
             UserError: no weights, or others, or other settings.
         """
         if self._before is not None:
-            without = {"prompts": []}
+            without = {"prompts": [], "label": None}
             _check_same(self.folder, without | self._before, without | self.record)
         generation = {**self.record, "seeds": self.seeds}
         atomic_write_text(self.output_dir / RECORD, json.dumps(generation) + "\n")
@@ -247,6 +260,8 @@ class SyntheticSet:
             if not (self.folder / f"{item['name']}{self.suffix}").is_file():
                 continue
             condition = {key: item[key] for key in ("label", "text") if key in item}
+            if self.label is not None:
+                condition["label"] = self.label
             items.append(
                 {
                     "image": f"samples/{item['name']}{self.suffix}",

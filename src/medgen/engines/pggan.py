@@ -142,7 +142,7 @@ class PGGANTrainer(AdversarialTrainer):
     both networks also learn to have them recognised (AC-GAN, Odena et al. 2017, arXiv 1610.09585).
 
     A step takes as many images as the schedule has for its level, and an epoch as many steps as ``epoch_images`` need:
-    its length in steps changes while the network grows. The last epoch ends with ``max_images``.
+    its length in steps changes while the network grows.
 
     ``state.output[0]`` holds ``image`` (real, faded, [-1, 1]), ``pred`` (generated, the same size) and scalars:
     ``loss`` (of the generator), ``discriminator`` (of the critic, with the penalty), ``wasserstein`` (the critic's
@@ -151,8 +151,9 @@ class PGGANTrainer(AdversarialTrainer):
 
     Args:
         device: where the networks are.
-        max_images: real images to show.
+        max_epochs: epochs to train.
         epoch_images: images of an epoch.
+        max_images: images to show in all, with which the last epoch ends.
         train_data_loader: batches for the schedule's levels.
         generator: of full size.
         discriminator: of the same size and classes.
@@ -176,8 +177,9 @@ class PGGANTrainer(AdversarialTrainer):
     def __init__(
         self,
         device: torch.device | str,
-        max_images: int,
+        max_epochs: int,
         epoch_images: int,
+        max_images: int,
         train_data_loader: GrowingDataLoader,
         generator: PGGANGenerator,
         discriminator: PGGANDiscriminator,
@@ -227,7 +229,7 @@ class PGGANTrainer(AdversarialTrainer):
         self._growth = _GrowthState()
         super().__init__(
             device=device,
-            max_epochs=-(-max_images // epoch_images),
+            max_epochs=max_epochs,
             train_data_loader=train_data_loader,
             generator=generator,
             discriminator=discriminator,
@@ -248,24 +250,24 @@ class PGGANTrainer(AdversarialTrainer):
     @property
     def total_images(self) -> int:
         """Training images of the whole training."""
-        return self.max_images
+        return min(self.max_images, self.state.max_epochs * self.epoch_images)
 
     @property
     def at_epoch_end(self) -> bool:
         """Whether the last step was the last of its epoch."""
-        return self.images_seen >= min(self.state.epoch * self.epoch_images, self.max_images)
+        return self.images_seen >= min(self.state.epoch * self.epoch_images, self.total_images)
 
     @property
     def plan(self) -> str:
         """What the training will do, in words."""
         sizes = self.schedule.resolutions
-        return f"{self.max_images} images, from {sizes[0]}×{sizes[0]} to {sizes[-1]}×{sizes[-1]},"
+        return f"{self.total_images} images, from {sizes[0]}×{sizes[0]} to {sizes[-1]}×{sizes[-1]},"
 
     @property
     def at_level_end(self) -> bool:
         """Whether the last step was the last of its level, or of the training."""
         is_next = self.schedule.at(self.images_seen).resolution > self.generator.resolution
-        return is_next or self.images_seen >= self.max_images
+        return is_next or self.images_seen >= self.total_images
 
     @property
     def caption(self) -> str:
@@ -275,7 +277,7 @@ class PGGANTrainer(AdversarialTrainer):
 
     def count(self, images_seen: int) -> tuple[int, int]:
         """Iterations and epochs that were over when so many images had been seen."""
-        is_over = images_seen >= self.max_images
+        is_over = images_seen >= self.total_images
         return self._growth.iteration, self.state.max_epochs if is_over else images_seen // self.epoch_images
 
     def _end_epoch(self) -> None:

@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,15 @@ from ignite.engine import Engine, Events
 
 from medgen.data.image_set import ImageSet
 from medgen.errors import UserError
-from medgen.handlers.pictures import save_grid
-from medgen.metrics import (
-    extract_features,
-    frd_score,
-    frechet_distance,
-    get_protocol,
-    make_extractor,
-    matched_distance,
-    pairwise_ms_ssim,
-    real_baseline,
-)
-from medgen.metrics.feature_set import FeatureSet
+from medgen.handlers.set_metrics import SHOWN, SetMetrics
+from medgen.metrics import frd_score, frechet_distance, get_protocol, make_extractor
 
 __all__ = ["SampleMetrics"]
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 8  # images in a row of the picture
-FEWEST_FOR_HALVES = 4  # patients: each half needs two images
 
-
-class SampleMetrics:
+class SampleMetrics(SetMetrics):
     """Diversity of samples and of real images, and the distance of samples and of reconstructions from real images.
 
     Adds to ``engine.state.metrics``, so it stands before :class:`MetricsJSON`:
@@ -93,6 +79,7 @@ class SampleMetrics:
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
+        super().__init__(picture, seed, device, batch_size, num_workers)
         size = {"image_size": image_size, "mode": "L" if channels == 1 else "RGB"}
         draw = {"max_images": max_images, "seed": seed}
         self.sets: dict[str, ImageSet] = {}
@@ -114,8 +101,6 @@ class SampleMetrics:
         self.sets["test"] = ImageSet.from_source(
             datalist, split=split, dataset_dir=dataset_dir, name="real images", **size, **draw
         )
-        self.options = {"batch_size": batch_size, "num_workers": num_workers}
-        self.picture, self.seed, self.device = picture, seed, str(device)
         self.extractors = {"frd": make_extractor(get_protocol("frd_v1"))}
         xrv = get_protocol("xrv")
         if xrv_weights or xrv.weights.found():
@@ -157,13 +142,9 @@ class SampleMetrics:
         """Measure."""
         n = self._count()
         chosen = {name: _some(images, n, self.seed) for name, images in self.sets.items()}
-        metrics: dict[str, float] = {f"n_{name}": n for name in chosen}
-        for name, images in chosen.items():
-            logger.info(f"MS-SSIM of {n * (n - 1) // 2:,} pairs of {images.name}")
-            metrics[f"ms_ssim_{name}"] = pairwise_ms_ssim(images, device=self.device, progress=sys.stderr.isatty()).mean
+        metrics: dict[str, float] = {f"n_{name}": n for name in chosen} | self.diversity(chosen)
         if "samples" in chosen:
-            rows = [torch.stack([torch.from_numpy(of[i]) for i in range(min(SHOWN, n))]) for of in chosen.values()]
-            save_grid(rows, self.picture)
+            self.show(chosen, range(min(SHOWN, n)))
         test = chosen["test"]
         chosen["reconstruction"] = ImageSet(
             [self._reconstructions[test.path(i)] for i in range(n)],
@@ -185,28 +166,12 @@ class SampleMetrics:
     def _distances(self, name: str, extractor: Any, chosen: dict[str, ImageSet]) -> dict[str, float]:
         """Distances of sets from the real images, of all images and at the n of their halves."""
         protocol = get_protocol("frd_v1" if name == "frd" else "xrv")
-        features: dict[str, FeatureSet] = {}
-        for role, images in chosen.items():
-            logger.info(f"{name}: features of {len(images):,} {images.name}")
-            features[role] = extract_features(images, protocol, extractor=extractor, **self.options)
+        features = {role: self.features(name, images, protocol, extractor) for role, images in chosen.items()}
         real = features.pop("test")
         statistic: Callable[..., float] = frechet_distance
         if name == "frd":
             statistic = functools.partial(frd_score, version="frd_v1", names=real.names)
-        halves = len(set(real.patients)) >= FEWEST_FOR_HALVES
-        if not halves:
-            logger.warning(f"{name} at equal n is left out: halves take at least {FEWEST_FOR_HALVES} patients")
-        found = {}
-        for role, given in features.items():
-            key = name if role == "samples" else f"{name}_{role}"
-            found[key] = statistic(real.features, given.features)
-            if halves:
-                patients = {"reference_patients": real.patients, "sample_patients": given.patients}
-                equal = matched_distance(real.features, given.features, statistic, seed=self.seed, **patients)
-                found[f"{key}_equal_n"] = equal.mean
-        if halves:
-            found[f"{name}_real"] = real_baseline(real.features, real.patients, statistic, seed=self.seed).mean
-        return found
+        return self.distances(name, statistic, real, features)
 
 
 def _some(images: ImageSet, n: int, seed: int) -> ImageSet:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from monai.inferers import Inferer
+from torch import nn
 
 from medgen.data.stream import derive_seed
 from medgen.errors import UserError
 from medgen.networks import StyleGAN2Generator
 
-__all__ = ["NOISE_MODES", "GeneratorInferer", "PrepareInputs", "check_class", "draw_latents", "parse_numbers"]
+__all__ = [
+    "NOISE_MODES",
+    "GeneratorInferer",
+    "PrepareInputs",
+    "SeedInferer",
+    "check_class",
+    "draw_latents",
+    "parse_numbers",
+]
 
 NOISE_MODES = ("const", "random", "none")
 LARGEST_SEED = 2**32 - 1  # of NumPy's Mersenne Twister
@@ -82,13 +92,22 @@ def parse_numbers(numbers: int | str | Iterable[int], name: str, largest: int = 
     return found
 
 
-def check_class(class_index: int | None, num_classes: int) -> None:
+def check_class(class_index: int | None, num_classes: int, required: bool = False) -> None:
     """See that a class exists.
 
+    Args:
+        class_index: the class; None for none.
+        num_classes: of the network; 0 for none.
+        required: whether a network with classes must be given one.
+
     Raises:
-        UserError: a class for a network without classes, or one that it has not.
+        UserError: a class for a network without classes, or one that it has not, or none where one is required.
     """
     if class_index is None:
+        if num_classes and required:
+            raise UserError(
+                f"class_index must be from 0 to {num_classes - 1} for this network, got null; set --class_index"
+            )
         return
     if not num_classes:
         raise UserError(
@@ -127,7 +146,58 @@ class PrepareInputs:
         return batchdata[self.inputs], None, (), extra
 
 
-class GeneratorInferer(Inferer):
+class SeedInferer(Inferer, ABC):
+    """Seeds to images in [0, 1]; a subclass says how its network makes them.
+
+    Args:
+        truncation_psi: how much of the full variety; 1 changes nothing.
+
+    Raises:
+        UserError: it is no finite number.
+    """
+
+    def __init__(self, truncation_psi: float = 1.0) -> None:
+        is_number = isinstance(truncation_psi, int | float) and not isinstance(truncation_psi, bool)
+        if not is_number or not math.isfinite(truncation_psi):
+            raise UserError(
+                f"truncation_psi must be a finite number, got {truncation_psi!r}; set --truncation_psi to 1 for the "
+                "full variety or 0.7 for fewer outliers"
+            )
+        self.truncation_psi = truncation_psi
+
+    @abstractmethod
+    def generate(self, seeds: Sequence[int], network: nn.Module, labels: torch.Tensor | None) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1] of B seeds, and of their classes where the network has any."""
+
+    def __call__(
+        self,
+        inputs: torch.Tensor | Sequence[int] | None,
+        network: nn.Module,
+        *args: Any,
+        seeds: torch.Tensor | Sequence[int] | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Generate.
+
+        Args:
+            inputs: the seeds (B,); or anything else, such as the real images of a validation, with ``seeds`` given.
+            network: the generator.
+            args: not used; part of the interface.
+            seeds: whole numbers (B,) from 0 to 2³² − 1, where ``inputs`` are none.
+            labels: class indices (B,) or vectors (B, K), for a network with classes.
+            kwargs: not used; part of the interface.
+
+        Returns:
+            images (B, C, H, W) in [0, 1] on the network's device.
+
+        Raises:
+            UserError: seeds are no whole numbers or out of range, or labels or settings do not fit the network.
+        """
+        return self.generate(_whole(inputs if seeds is None else seeds), network, labels)
+
+
+class GeneratorInferer(SeedInferer):
     """Seeds to images in [0, 1], by a StyleGAN2 generator.
 
     Args:
@@ -144,12 +214,7 @@ class GeneratorInferer(Inferer):
     def __init__(
         self, truncation_psi: float = 1.0, truncation_cutoff: int | None = None, noise_mode: str = "const"
     ) -> None:
-        is_number = isinstance(truncation_psi, int | float) and not isinstance(truncation_psi, bool)
-        if not is_number or not math.isfinite(truncation_psi):
-            raise UserError(
-                f"truncation_psi must be a finite number, got {truncation_psi!r}; set --truncation_psi to 1 for the "
-                "full variety or 0.7 for fewer outliers"
-            )
+        super().__init__(truncation_psi)
         if truncation_cutoff is not None and (
             isinstance(truncation_cutoff, bool) or not isinstance(truncation_cutoff, int) or truncation_cutoff < 0
         ):
@@ -159,7 +224,6 @@ class GeneratorInferer(Inferer):
             )
         if noise_mode not in NOISE_MODES:
             raise UserError(f"noise_mode must be {', '.join(NOISE_MODES)}, got {noise_mode!r}; set --noise_mode const")
-        self.truncation_psi = truncation_psi
         self.truncation_cutoff = truncation_cutoff
         self.noise_mode = noise_mode
 
@@ -194,33 +258,8 @@ class GeneratorInferer(Inferer):
             noise = network.draw_noise([derive_seed(seed, NOISE_STREAM) for seed in _whole(seeds)])
         return network.synthesis(ws, noise).float().add(1).div(2).clamp(0, 1)
 
-    def __call__(
-        self,
-        inputs: torch.Tensor | Sequence[int] | None,
-        network: StyleGAN2Generator,
-        *args: Any,
-        seeds: torch.Tensor | Sequence[int] | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Generate.
-
-        Args:
-            inputs: the seeds (B,); or anything else, such as the real images of a validation, with ``seeds`` given.
-            network: the generator.
-            args: not used; part of the interface.
-            seeds: whole numbers (B,) from 0 to 2³² − 1, where ``inputs`` are none.
-            labels: class indices (B,) or vectors (B, K), for a network with classes.
-            kwargs: not used; part of the interface.
-
-        Returns:
-            images (B, C, H, W) in [0, 1] on the network's device.
-
-        Raises:
-            UserError: seeds are no whole numbers or out of range, labels do not fit the network, or the truncation
-                is of more layers than there are.
-        """
-        seeds = _whole(inputs if seeds is None else seeds)
+    def generate(self, seeds: Sequence[int], network: StyleGAN2Generator, labels: torch.Tensor | None) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1] of B seeds; see :meth:`SeedInferer.__call__`."""
         return self.synthesis(self.mapping(seeds, network, labels), network, seeds)
 
 

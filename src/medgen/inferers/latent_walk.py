@@ -14,7 +14,15 @@ from medgen.errors import UserError
 from medgen.inferers.generation import GeneratorInferer, check_class, draw_latents
 from medgen.networks import StyleGAN2Generator
 
-__all__ = ["NO_SEED", "LatentWalkInferer", "StyleMixingInferer", "mixing_cells", "slerp", "walk_positions"]
+__all__ = [
+    "NO_SEED",
+    "LatentWalkInferer",
+    "StyleMixingInferer",
+    "mixing_cells",
+    "slerp",
+    "walk_positions",
+    "walk_segments",
+]
 
 SPACES = ("w", "z")
 NO_SEED = -1  # of a place in the grid that shows no mixture but one of its sources
@@ -63,6 +71,21 @@ def walk_positions(anchors: int, frames: int, closed: bool) -> list[float]:
     return np.linspace(0, last, frames, endpoint=not closed).tolist()
 
 
+def walk_segments(positions: torch.Tensor, anchors: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Between which anchors positions stand; after the last anchor comes the first.
+
+    Args:
+        positions: (B,), see :func:`walk_positions`.
+        anchors: latents on the way.
+
+    Returns:
+        (B,) number of the anchor before, (B,) that of the one after, and (B,) float32 the way between them that is
+        covered, from 0 up to 1.
+    """
+    start = positions.floor().long() % anchors
+    return start, (start + 1) % anchors, (positions - positions.floor()).float()
+
+
 class LatentWalkInferer(GeneratorInferer):
     """Images along a walk through W, in straight lines, or through Z, on great circles.
 
@@ -109,11 +132,7 @@ class LatentWalkInferer(GeneratorInferer):
             UserError: they do not.
         """
         super().check(network)
-        if network.num_classes and self.class_index is None and not self.projected:
-            raise UserError(
-                f"class_index must be from 0 to {network.num_classes - 1} for this network, got null; set --class_index"
-            )
-        check_class(self.class_index, network.num_classes)
+        check_class(self.class_index, network.num_classes, required=not self.projected)
         for w in self.projected:
             if w.shape != (network.num_ws, network.w_dim):
                 raise UserError(
@@ -133,8 +152,7 @@ class LatentWalkInferer(GeneratorInferer):
         Returns:
             images (B, C, H, W) in [0, 1].
         """
-        start = inputs.floor().long() % len(self)
-        end, t = (start + 1) % len(self), (inputs - inputs.floor()).float()
+        start, end, t = walk_segments(inputs, len(self))
         device = network.w_avg.device
         labels = None if self.class_index is None else torch.full_like(start, self.class_index, device=device)
         if self.space == "z":
@@ -220,11 +238,7 @@ class StyleMixingInferer(GeneratorInferer):
             UserError: they do not.
         """
         super().check(network)
-        if network.num_classes and self.class_index is None:
-            raise UserError(
-                f"class_index must be from 0 to {network.num_classes - 1} for this network, got null; set --class_index"
-            )
-        check_class(self.class_index, network.num_classes)
+        check_class(self.class_index, network.num_classes, required=True)
         if max(self.layers) >= network.num_ws:
             raise UserError(
                 f"layers must be from 0 to {network.num_ws - 1} for this network, got {max(self.layers)}; set --layers"

@@ -1,0 +1,199 @@
+"""What an evaluator generates against the real images that it reads."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from medgen.errors import UserError
+from medgen.handlers.set_metrics import SHOWN, SetMetrics
+from medgen.metrics import frd_score, get_protocol, make_extractor, ms_ssim_kernel_size
+from medgen.metrics.feature_set import FeatureSet
+from medgen.metrics.sliced_wasserstein import pyramid_sides, set_descriptors, sliced_wasserstein
+
+__all__ = ["GeneratorMetrics"]
+
+logger = logging.getLogger(__name__)
+
+# of a distance: (rows of real images, rows of samples) -> distance, and those rows
+Distance = tuple[Callable[..., float], FeatureSet, FeatureSet]
+
+
+@dataclass(frozen=True)
+class _PixelSet(Sequence[np.ndarray]):
+    """Images in memory, in 8 bits, as files and a training's pyramid have them.
+
+    Attributes:
+        pixels: (N, C, H, W) uint8.
+        name: what messages call the set.
+    """
+
+    pixels: NDArray[np.uint8]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(C, H, W) float32 in [0, 1]."""
+        return self.pixels[index].astype(np.float32) / 255
+
+
+class GeneratorMetrics(SetMetrics):
+    """Diversity of generated and of real images, and the distance of the ones from the others.
+
+    Real images that are larger than the generated ones are averaged to their size, as in the training of a growing
+    network, and both are rounded to 8 bits. Adds to ``engine.state.metrics``, so it stands before :class:`MetricsJSON`:
+
+    - ``ms_ssim_samples``, ``ms_ssim_test``: mean over all pairs i < j; lower is more diverse, and samples should come
+      near the real images. Left out below 48 pixels, where no window fits;
+    - ``frd``: Fréchet radiomic distance (version 1, log d²) of samples from real images;
+    - ``swd``: sliced Wasserstein distance × 1000 (Karras et al. 2018, section 5), the mean of ``swd_64``, ``swd_32``,
+      ``swd_16``, those of the levels of the images' Laplacian pyramids by their sides;
+    - ``frd_real``, ``swd_real``: the same between random halves of the real images, and ``frd_equal_n``,
+      ``swd_equal_n`` between such a half and as many samples. Both distances fall with n: these may be compared, and a
+      perfect generator would have them equal;
+    - ``resolution``: side of the images; ``n_samples``, ``n_test``: images compared, as many of each;
+    - of a network with classes all of these once more for each class, named ``..._class0``.
+
+    ``medgen report`` gives intervals, precision, recall and the search for copies.
+
+    Args:
+        picture: PNG of samples over real images.
+        num_classes: of the network; 0 for none.
+        seed: of the divisions, and of the patches and directions of the sliced Wasserstein distance.
+        device: of MS-SSIM.
+        num_workers: processes for radiomics.
+    """
+
+    def __init__(
+        self,
+        picture: str | os.PathLike,
+        num_classes: int = 0,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(picture, seed, device, num_workers=num_workers)
+        self.num_classes = num_classes
+
+    def attach(self, engine: Engine) -> None:
+        """Register on an evaluator with ``pred`` and ``image`` in [0, 1]; ``patient`` and ``label`` in its batch."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+        # not when all is completed: a tracker logs what an epoch has measured
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.measure)
+
+    def start(self, engine: Engine) -> None:
+        """Forget the images of the run before."""
+        self._pixels: dict[str, list[np.ndarray]] = {"samples": [], "test": []}
+        self._patients: list[str] = []
+        self._labels: list[int] = []
+
+    def collect(self, engine: Engine) -> None:
+        """Keep the images of a batch."""
+        for item, entry in zip(engine.state.output, engine.state.batch, strict=True):
+            pred, image = (torch.as_tensor(item[key]).float() for key in ("pred", "image"))
+            image = F.adaptive_avg_pool2d(image, pred.shape[-2:])
+            for role, pixels in (("samples", pred), ("test", image)):
+                levels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+                self._pixels[role].append(levels.cpu().numpy())
+            self._patients.append(str(entry["patient"]))
+            if self.num_classes:
+                self._labels.append(int(entry["label"]))
+
+    def measure(self, engine: Engine) -> None:
+        """Measure.
+
+        Raises:
+            UserError: fewer than two images.
+        """
+        n = len(self._patients)
+        if n < 2:
+            raise UserError(f"distances and diversity take at least 2 real images, got {n}; name a --split with more")
+        names = {"samples": "generated images", "test": "real images"}
+        sets = {role: _PixelSet(np.stack(self._pixels[role]), name) for role, name in names.items()}
+        self.show(sets, np.linspace(0, n - 1, min(SHOWN, n)).round().astype(int).tolist())
+        distances = {**self._radiomics(sets), **self._patches(sets)}
+        metrics = self._figures(sets, distances, np.arange(n))
+        labels = np.array(self._labels)
+        for number in range(self.num_classes):
+            places = np.flatnonzero(labels == number)
+            if len(places) < 2:
+                logger.warning(f"class {number} is not measured alone: it has {len(places)} images")
+                continue
+            found = self._figures(sets, distances, places)
+            metrics |= {f"{name}_class{number}": value for name, value in found.items()}
+        engine.state.metrics.update(metrics | {"resolution": sets["test"].pixels.shape[-1]})
+
+    def _figures(
+        self, sets: dict[str, _PixelSet], distances: dict[str, Distance], places: NDArray[np.intp]
+    ) -> dict[str, float]:
+        """All figures of the images at some places."""
+        metrics: dict[str, float] = {f"n_{role}": len(places) for role in sets}
+        try:
+            ms_ssim_kernel_size(min(sets["test"].pixels.shape[2:]))
+            metrics |= self.diversity({role: replace(of, pixels=of.pixels[places]) for role, of in sets.items()})
+        except UserError as error:
+            logger.warning(f"MS-SSIM is left out: {error}")
+        for name, (statistic, *both) in distances.items():
+            real, samples = (_rows_at(rows, places) for rows in both)
+            if min(len(real), len(samples)) < 2:
+                logger.warning(f"{name} is left out: it takes 2 images of each set, and fewer of these have features")
+                continue
+            metrics |= self.distances(name, statistic, real, {"samples": samples})
+        return metrics
+
+    def _radiomics(self, sets: dict[str, _PixelSet]) -> dict[str, Distance]:
+        """The Fréchet radiomic distance; nothing where images have no such features."""
+        protocol = get_protocol("frd_v1")
+        extractor = make_extractor(protocol)
+        try:
+            samples, real = (self.features("frd", sets[role], protocol, extractor) for role in ("samples", "test"))
+        except UserError as error:  # images of 4 pixels, or those of a generator that has collapsed
+            logger.warning(f"frd is left out: {error}")
+            return {}
+        real = replace(real, patients=tuple(self._patients[int(place)] for place in real.files))
+        return {"frd": (functools.partial(frd_score, version="frd_v1", names=real.names), real, samples)}
+
+    def _patches(self, sets: dict[str, _PixelSet]) -> dict[str, Distance]:
+        """The sliced Wasserstein distance, the mean and each level."""
+        logger.info(f"swd: patches of {len(self._patients):,} generated and real images")
+        descriptors = np.concatenate([set_descriptors(sets[role], self.seed) for role in ("test", "samples")])
+
+        # the levels are measured together and asked for one after the other
+        @functools.cache
+        def levels(real: bytes, samples: bytes) -> NDArray[np.float64]:
+            chosen = (descriptors[np.frombuffer(rows).astype(np.intp)] for rows in (real, samples))
+            return sliced_wasserstein(*chosen, seed=self.seed)
+
+        def mean(real: NDArray[np.float64], samples: NDArray[np.float64]) -> float:
+            return float(levels(real.tobytes(), samples.tobytes()).mean())
+
+        def of_level(number: int, real: NDArray[np.float64], samples: NDArray[np.float64]) -> float:
+            return float(levels(real.tobytes(), samples.tobytes())[number])
+
+        # a row is the number of its image among all descriptors: any division of the images is one of rows
+        n = len(self._patients)
+        files = tuple(map(str, range(n)))
+        rows = FeatureSet(np.arange(float(n))[:, None], (), files, tuple(self._patients), "swd", {})
+        samples = replace(rows, features=rows.features + n, patients=None)
+        sides = pyramid_sides(sets["test"].pixels.shape[-1])
+        statistics = {"swd": mean} | {f"swd_{side}": functools.partial(of_level, i) for i, side in enumerate(sides)}
+        return {name: (statistic, rows, samples) for name, statistic in statistics.items()}
+
+
+def _rows_at(rows: FeatureSet, places: NDArray[np.intp]) -> FeatureSet:
+    """The rows of the images at some places; images without features have none."""
+    kept = np.flatnonzero(np.isin([int(place) for place in rows.files], places))
+    patients = None if rows.patients is None else tuple(rows.patients[i] for i in kept)
+    return replace(rows, features=rows.features[kept], files=tuple(rows.files[i] for i in kept), patients=patients)

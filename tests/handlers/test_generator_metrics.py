@@ -1,0 +1,162 @@
+"""Generated images against real ones: which figures there are, and that they are those of the metrics themselves."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medgen.errors import UserError
+from medgen.handlers import GeneratorMetrics
+from medgen.metrics import frd_score, pairwise_ms_ssim
+from medgen.metrics.radiomics import RadiomicsExtractor
+from medgen.metrics.sliced_wasserstein import sliced_wasserstein_distance
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDGEN_CACHE", str(tmp_path / "cache"))
+
+
+def textures(count: int, side: int, seed: int) -> torch.Tensor:
+    """8-bit images (N, 1, S, S) with structure at several scales."""
+    rng = np.random.default_rng(seed)
+    found = np.full((count, 1, side, side), 0.5)
+    for scale in (1, 4, side // 4):
+        noise = rng.normal(0, 0.08, (count, 1, side // scale, side // scale))
+        found += noise.repeat(scale, axis=2).repeat(scale, axis=3)
+    return torch.from_numpy(np.round(np.clip(found, 0, 1) * 255) / 255).float()
+
+
+def blurred(images: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.avg_pool2d(images, 5, stride=1, padding=2, count_include_pad=False)
+
+
+def measure(handler, pred, image, patients=None, labels=None, batch_size=3):
+    """Figures of an evaluation of these images."""
+    engine = SimpleNamespace(state=SimpleNamespace(metrics={}, output=[], batch=[]))
+    handler.start(engine)
+    for start in range(0, len(pred), batch_size):
+        places = range(start, min(start + batch_size, len(pred)))
+        engine.state.output = [{"pred": pred[i], "image": image[i]} for i in places]
+        engine.state.batch = [
+            {"patient": str(i) if patients is None else patients[i], "label": None if labels is None else labels[i]}
+            for i in places
+        ]
+        handler.collect(engine)
+    handler.measure(engine)
+    return engine.state.metrics
+
+
+def frd(real, samples):
+    radiomics = RadiomicsExtractor("frd_v1")
+    tables = [np.stack([radiomics.on_image(image.numpy()) for image in images]) for images in (real, samples)]
+    return frd_score(*tables, "frd_v1", radiomics.feature_names)
+
+
+def test_figures_are_those_of_the_metrics_themselves(tmp_path):
+    pred, image = textures(8, 64, 0) ** 1.3, textures(8, 64, 1)
+    pred = (pred * 255).round() / 255
+
+    found = measure(GeneratorMetrics(tmp_path / "picture.png"), pred, image)
+
+    assert found["n_samples"] == found["n_test"] == 8
+    assert found["resolution"] == 64
+    assert found["ms_ssim_samples"] == pytest.approx(pairwise_ms_ssim(pred).mean, abs=1e-6)
+    assert found["ms_ssim_test"] == pytest.approx(pairwise_ms_ssim(image).mean, abs=1e-6)
+    assert found["frd"] == pytest.approx(frd(image, pred), rel=1e-6)
+    swd = sliced_wasserstein_distance(image.numpy(), pred.numpy())
+    assert {side: found[f"swd_{side}"] for side in (64, 32, 16)} == pytest.approx(swd, rel=1e-4)
+    assert found["swd"] == pytest.approx(np.mean(list(swd.values())), rel=1e-4)
+    for name in ("frd", "swd", "swd_64", "swd_32", "swd_16"):
+        assert {f"{name}_equal_n", f"{name}_real"} <= set(found)
+    assert np.asarray(Image.open(tmp_path / "picture.png")).shape == (2 * 64 + 2, 8 * 64 + 7 * 2)
+
+
+def test_images_like_the_real_ones_are_as_near_as_those_are_to_each_other(tmp_path):
+    real, alike, other = textures(24, 16, 0), textures(24, 16, 1), blurred(textures(24, 16, 2))
+
+    near = measure(GeneratorMetrics(tmp_path / "near.png"), alike, real)
+    far = measure(GeneratorMetrics(tmp_path / "far.png"), other, real)
+
+    for name in ("frd", "swd"):
+        assert near[f"{name}_real"] == far[f"{name}_real"]
+        assert near[f"{name}_equal_n"] == pytest.approx(near[f"{name}_real"], rel=0.3)
+        assert far[f"{name}_equal_n"] > 1.2 * near[f"{name}_equal_n"]
+
+
+def test_real_images_are_averaged_to_the_size_of_the_generated_ones(tmp_path):
+    # each pixel of the small image becomes 4×4 of which half are one level brighter, and half one darker
+    pred, averaged = textures(4, 16, 0), textures(4, 16, 1).clamp(1 / 255, 254 / 255)
+    checkers = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(32, 32) / 255
+    image = averaged.repeat_interleave(4, 2).repeat_interleave(4, 3) + checkers
+
+    found = measure(GeneratorMetrics(tmp_path / "a.png"), pred, image)
+    expected = measure(GeneratorMetrics(tmp_path / "b.png"), pred, averaged)
+
+    assert found == expected
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_each_class_is_measured_alone_too(tmp_path, caplog):
+    pred, image = textures(13, 16, 0), textures(13, 16, 1)
+    labels = [0, 1] * 6 + [2]
+
+    with caplog.at_level(logging.WARNING):
+        found = measure(GeneratorMetrics(tmp_path / "picture.png", num_classes=3), pred, image, labels=labels)
+    alone = measure(GeneratorMetrics(tmp_path / "alone.png"), pred[1:12:2], image[1:12:2])
+
+    assert found["n_test_class1"] == 6
+    assert found["frd_class1"] == pytest.approx(alone["frd"])
+    # patches are where an image's place in the whole set has them, so not those of the class alone
+    assert found["swd_class1"] == pytest.approx(alone["swd"], rel=0.3)
+    assert {name.removesuffix("_class0") for name in found if name.endswith("_class0")} == set(alone) - {"resolution"}
+    assert "class 2 is not measured alone: it has 1 images" in caplog.text
+    assert not any(name.endswith("_class2") for name in found)
+
+
+def test_halves_share_no_patient(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = measure(GeneratorMetrics(tmp_path / "p.png"), textures(6, 16, 0), textures(6, 16, 1), list("aabbcc"))
+
+    assert "swd_real" not in found
+    assert "swd at equal n is left out: halves take at least 4 patients" in caplog.text
+
+
+def test_small_images_are_measured_as_far_as_they_can_be(tmp_path, caplog):
+    pred, image = textures(6, 4, 0), textures(6, 4, 1)
+
+    with caplog.at_level(logging.WARNING):
+        found = measure(GeneratorMetrics(tmp_path / "picture.png"), pred, image)
+
+    assert "MS-SSIM is left out: MS-SSIM takes images of at least 48 pixels, got 4" in caplog.text
+    assert found["swd"] == found["swd_4"]
+    assert not any(name.startswith("ms_ssim") for name in found)
+
+
+def test_a_collapsed_generator_has_no_radiomics(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = measure(GeneratorMetrics(tmp_path / "p.png"), torch.full((6, 1, 16, 16), 0.5), textures(6, 16, 1))
+
+    assert "frd is left out: none of the 6 images gives frd_v1 features" in caplog.text
+    assert "frd" not in found
+    assert found["swd"] > 0
+
+
+def test_one_image_is_no_set(tmp_path):
+    with pytest.raises(UserError, match="at least 2 real images, got 1; name a --split with more"):
+        measure(GeneratorMetrics(tmp_path / "picture.png"), textures(1, 32, 0), textures(1, 32, 1))
+
+
+def test_picture_shows_images_from_the_whole_set(tmp_path):
+    # of a list in the order of its classes each is seen
+    pred = torch.arange(15.0)[:, None, None, None].expand(15, 1, 4, 4) / 255
+
+    measure(GeneratorMetrics(tmp_path / "picture.png"), pred, textures(15, 4, 1))
+
+    picture = np.asarray(Image.open(tmp_path / "picture.png"))
+    assert picture[0, ::6].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
