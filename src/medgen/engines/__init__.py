@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from medgen.engines.adversarial import AdversarialTrainer, batch_per_process, exponential_moving_copy
 from medgen.engines.autoencoder import AutoencoderKLTrainer
 from medgen.engines.latent_diffusion import LatentDiffusionTrainer, warmup
-from medgen.engines.stylegan2 import (
-    STYLEGAN2_TRAINING,
-    StyleGAN2Trainer,
-    batch_per_process,
-    exponential_moving_copy,
-    stylegan2_setting,
-)
+from medgen.engines.pggan import PGGAN_TRAINING, PGGANTrainer, growth_schedule, pggan_setting
+from medgen.engines.segmentation import SegmentationTrainer
+from medgen.engines.stylegan2 import STYLEGAN2_TRAINING, StyleGAN2Trainer, stylegan2_setting
 from medgen.engines.trainer import GenerativeTrainer
 
 __all__ = [
+    "PGGAN_TRAINING",
     "STYLEGAN2_TRAINING",
+    "AdversarialTrainer",
     "AutoencoderKLTrainer",
     "GenerativeTrainer",
     "LatentDiffusionTrainer",
+    "PGGANTrainer",
+    "SegmentationTrainer",
     "StyleGAN2Trainer",
     "batch_per_process",
     "exponential_moving_copy",
+    "growth_schedule",
+    "pggan_setting",
     "stylegan2_setting",
     "warmup",
 ]

@@ -6,12 +6,15 @@ from medgen.handlers.animation import AnimationWriter, GridWriter, check_animati
 from medgen.handlers.anomaly import DetectionFigures, ScoresCSV, reconstruction_metrics
 from medgen.handlers.checkpoint import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
 from medgen.handlers.companions import ModelCompanions, check_trained_as
+from medgen.handlers.generator_metrics import GeneratorMetrics
+from medgen.handlers.growth import LevelSaver
 from medgen.handlers.latents import LatentWriter
 from medgen.handlers.metrics import MetricsJSON
 from medgen.handlers.pictures import DiffusionGrid, ReconstructionGrid, SampleGrid, save_grid
 from medgen.handlers.progress import TrainingProgress, scalars
 from medgen.handlers.projection import ProjectionProgress, save_loss_curves
 from medgen.handlers.sample_metrics import SampleMetrics
+from medgen.handlers.segmentation import MetricIntervals, SegmentationGrid
 from medgen.handlers.validation import ValidationAtIntervals
 
 __all__ = [
@@ -19,8 +22,11 @@ __all__ = [
     "BestModelSaver",
     "DetectionFigures",
     "DiffusionGrid",
+    "GeneratorMetrics",
     "GridWriter",
     "LatentWriter",
+    "LevelSaver",
+    "MetricIntervals",
     "MetricsJSON",
     "ModelCompanions",
     "ProjectionProgress",
@@ -28,6 +34,7 @@ __all__ = [
     "SampleGrid",
     "SampleMetrics",
     "ScoresCSV",
+    "SegmentationGrid",
     "TrainingCheckpoint",
     "TrainingProgress",
     "ValidationAtIntervals",

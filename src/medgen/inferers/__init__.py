@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from medgen.inferers.autoencoder import AutoencoderKLInferer
 from medgen.inferers.denoising import DenoisingInferer, PosteriorEncoder
-from medgen.inferers.generation import GeneratorInferer, PrepareInputs, check_class, draw_latents, parse_numbers
+from medgen.inferers.generation import (
+    GeneratorInferer,
+    PrepareInputs,
+    SeedInferer,
+    check_class,
+    draw_latents,
+    parse_numbers,
+)
 from medgen.inferers.latent_diffusion import LatentDiffusionSampler
 from medgen.inferers.latent_walk import LatentWalkInferer, StyleMixingInferer, mixing_cells, walk_positions
+from medgen.inferers.pggan import PGGANInferer, PGGANWalkInferer, check_resolution, level_weights
 from medgen.inferers.posterior import PosteriorInferer
 from medgen.inferers.projection import StyleGAN2Projector, latent_statistics
 from medgen.inferers.samplers import Sampler
+from medgen.inferers.segmentation import SegmentationInferer, with_noise_seeds
 
 __all__ = [
     "AutoencoderKLInferer",
@@ -17,16 +26,23 @@ __all__ = [
     "GeneratorInferer",
     "LatentDiffusionSampler",
     "LatentWalkInferer",
+    "PGGANInferer",
+    "PGGANWalkInferer",
     "PosteriorEncoder",
     "PosteriorInferer",
     "PrepareInputs",
     "Sampler",
+    "SeedInferer",
+    "SegmentationInferer",
     "StyleGAN2Projector",
     "StyleMixingInferer",
     "check_class",
+    "check_resolution",
     "draw_latents",
     "latent_statistics",
+    "level_weights",
     "mixing_cells",
     "parse_numbers",
     "walk_positions",
+    "with_noise_seeds",
 ]

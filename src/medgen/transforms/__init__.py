@@ -25,11 +25,13 @@ from medgen.transforms.captions import Captiond, RandCaptiond, RandDropLabeld
 from medgen.transforms.channels import EnsureChannels, EnsureChannelsd
 from medgen.transforms.check import CheckImage, CheckImaged
 from medgen.transforms.latents import AugmentedCopiesd, LoadLatentd, transform_digest
+from medgen.transforms.outline import draw_outlines
 from medgen.transforms.resize import ResizeShorterSide, ResizeShorterSided
 from medgen.transforms.save import SaveArray, SaveArrayd, SavePNG, SavePNGd
 from medgen.transforms.save_anomaly import SaveAnomalyDICOMd, SaveMapd, SaveOverlayd
 from medgen.transforms.save_dicom import SaveDICOM, SaveDICOMd
 from medgen.transforms.save_projection import ProjectionRecord, SaveProjectiond, SaveUnlessDiverged
+from medgen.transforms.save_region import SaveRegiond, bounding_box
 
 __all__ = [
     "AUGMENT_PRESETS",
@@ -63,11 +65,14 @@ __all__ = [
     "SavePNG",
     "SavePNGd",
     "SaveProjectiond",
+    "SaveRegiond",
     "SaveUnlessDiverged",
     "ScoreAnomalyd",
+    "bounding_box",
     "check_files",
     "check_scoring",
     "default_patch",
+    "draw_outlines",
     "origin_of_reconstructions",
     "pair_reconstructions",
     "transform_digest",
