@@ -149,7 +149,7 @@ def test_configuration_is_that_of_the_published_training():
         ({"num_classes": 1}, r"label must be a class from 0 to 0"),
         (
             {"label": "pneumonia"},
-            r"label must be one that the datalist's items have, 0 \(2\), 1 \(2\), got 'pneumonia'",
+            r"label must be one that the datalist's items have, 0 \(1\), 1 \(1\), got 'pneumonia'",
         ),
         ({"label": 1}, r"the validation split must hold at least 2 images of label 1, got 1; make the splits anew"),
         ({"in_channels": 3}, r"expected 3 channel\(s\), got 1"),
