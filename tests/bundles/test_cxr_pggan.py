@@ -27,11 +27,13 @@ from running import (
     state,
 )
 
+from medgen.data import write_datalist
+
 BUNDLE = Path(__file__).parents[2] / "bundles" / "cxr_pggan"
 TRAIN = ["configs/train.json", "configs/demo.json"]
 # 4×4, 8×8 (fading in for four images), 16×16 and 32×32 within 40 images
 FOR_SECONDS = {"images": [8, 12, 12, 8], "fade_images": [0, 4, 8, 4], "tick_images": 8, "val_interval": 2}
-FOR_SECONDS |= {"batch_size": 2, "max_images": 40}
+FOR_SECONDS |= {"batch_sizes": [2, 2, 2, 2], "max_images": 40}
 
 
 @pytest.mark.slow(reason="starts four trainings as processes of their own; importing MONAI alone takes seconds in each")
@@ -61,7 +63,7 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_state(
 def test_two_processes_hold_one_network_and_resume_it(datalist, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     config_file = [*TRAIN, "configs/multi_gpu_train.json"]
-    settings = {**FOR_SECONDS, "datalist": datalist, "batch_size": 1, "batch_sizes": [2, 2, 2, 2]}
+    settings = {**FOR_SECONDS, "datalist": datalist, "batch_size": 2, "batch_sizes": [4, 4, 4, 4]}
     straight, paused = tmp_path / "straight", tmp_path / "paused"
     output = finish(start(BUNDLE, command(config_file, straight, **settings), *torchrun))
     assert "2 process(es)" in output
@@ -139,8 +141,9 @@ def test_configuration_is_that_of_the_published_training():
         ({"images": [8, 8, 8]}, r"images must have one entry for each of the 4 resolutions, got 3"),
         ({"fade_images": [0, 4, 99, 4]}, r"fade_images must not exceed images, got 99 of 12 at 16×16"),
         ({"lrs": [0.001, -1, 0.001, 0.001]}, r"lrs must be numbers above 0, got -1"),
+        ({"batch_sizes": 16}, r"batch_sizes must be a list with one entry a level, got 16"),
         ({"batch_size": "x"}, r"batch_size must be a whole number of at least 1, or null, got 'x'"),
-        ({"batch_size": 16, "batch_sizes": [16, 4, 4, 4]}, r"a training step takes 16 images .* holds 4"),
+        ({"batch_sizes": [4, 4, 4, 16]}, r"a training step takes 16 images .* holds 4"),
         ({"max_images": 41}, r"max_images must be from 1 to the schedule's 40, got 41; raise the last of --images"),
         ({"tick_images": 0}, "tick_images must be a whole number of at least 1, got 0"),
         ({"tick_images": 1}, "at least one step, 2 images, got 1; raise --tick_images"),
@@ -161,14 +164,35 @@ def test_mistakes_in_the_settings_are_one_line(overrides, message, workflow, tmp
     assert_one_line(caught.value, message)
 
 
-def test_settings_that_change_on_resume_are_refused_and_length_may_change(workflow, tmp_path):
+def test_settings_that_change_on_resume_are_refused_but_memory_and_length_may_change(workflow, tmp_path, caplog):
     run(workflow(BUNDLE, "train", tmp_path / "out", **{**FOR_SECONDS, "max_images": 16}))
-    for change, message in (({"drift": 0.5}, r"made with drift 0\.001, this run has 0\.5"), ({"label": 1}, "label")):
+    for change, message in (
+        ({"drift": 0.5}, r"made with drift 0\.001, this run has 0\.5"),
+        ({"label": 0}, "made with label None, this run has 0|at least 2 images"),
+        ({"images": [8, 14, 12, 8]}, "made with images"),
+    ):
         with pytest.raises(Exception) as caught:  # noqa: PT011
             run(workflow(BUNDLE, "train", tmp_path / "out", resume=True, **{**FOR_SECONDS, **change}))
         assert_one_line(caught.value, message)
-    run(workflow(BUNDLE, "train", tmp_path / "out", resume=True, **FOR_SECONDS))
+    run(workflow(BUNDLE, "train", tmp_path / "out", resume=True, **{**FOR_SECONDS, "batch_size": 1}))
     assert state(tmp_path / "out")["images_seen"] == 40
+    with caplog.at_level("INFO"):
+        run(workflow(BUNDLE, "train", tmp_path / "out", resume=True, **FOR_SECONDS))
+    assert "this training is complete; to go on raise --max_images, or the last of --images" in caplog.text
+    longer = {**FOR_SECONDS, "images": [8, 12, 12, 20], "max_images": 52}
+    run(workflow(BUNDLE, "train", tmp_path / "out", resume=True, **longer))
+    assert state(tmp_path / "out")["images_seen"] == 52
+
+
+def test_levels_of_another_training_are_kept_apart(workflow, tmp_path):
+    models = tmp_path / "models"
+    for out, settings in (("first", FOR_SECONDS), ("second", {**FOR_SECONDS, "max_images": 20, "seed": 1})):
+        run(workflow(BUNDLE, "train", tmp_path / out, model_path=str(models / "model.pt"), **settings))
+    assert sorted(path.name for path in (models / "levels").iterdir()) == ["0004.pt", "0008.pt"]
+    assert len(list((models / "levels.previous").iterdir())) == 4
+    run(workflow(BUNDLE, "train", tmp_path / "second", model_path=str(models / "model.pt"), resume=True, seed=1,
+                 **FOR_SECONDS))  # fmt: skip
+    assert len(list((models / "levels").iterdir())) == 4
 
 
 def test_class_conditional_training_learns_from_labels(workflow, tmp_path):
@@ -221,3 +245,25 @@ def test_one_command_trains_a_model_for_each_class(datalist, tmp_path):
         assert failed.returncode != 0
         assert message in failed.stderr
         assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "folders"),
+    [
+        (["no finding", "a_b", 1], {"no finding": "class_no_finding", "a_b": "class_a_b", "1": "class_1"}),
+        (["a b", "a_b"], None),
+    ],
+)
+def test_each_class_has_a_folder_of_its_own(labels, folders, tmp_path):
+    splits = {"training": [{"image": f"{n}.png", "patient": str(n), "label": label} for n, label in enumerate(labels)]}
+    write_datalist(tmp_path / "datalist.json", "classes", "X-ray", splits)
+    environment = {**os.environ, "PYTHON": sys.executable, "LAUNCHER": "echo"}  # says what it would start
+    script = ["bash", str(BUNDLE / "train_each_class.sh"), "--datalist", str(tmp_path / "datalist.json")]
+    done = subprocess.run([*script, "--output_dir", "out"], env=environment, capture_output=True, text=True, check=False)
+    if folders is None:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "error: the labels 'a b' and 'a_b' would share the folder class_a_b; rename one\n"
+        return
+    assert done.returncode == 0, done.stderr
+    for label, folder in folders.items():
+        assert f"--label {label} --output_dir out/{folder} --model_path out/{folder}/model.pt" in done.stdout

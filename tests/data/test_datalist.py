@@ -27,7 +27,7 @@ from medgen.data import (
     validate_datalist,
     write_datalist,
 )
-from medgen.data.datalist import file_stem, list_files, natural_key
+from medgen.data.datalist import evenly, file_stem, list_files, natural_key
 from medgen.errors import UserError
 
 
@@ -501,3 +501,14 @@ def test_a_class_that_no_item_has_is_named_with_those_that_there_are():
         select_label(items, 2)
     with pytest.raises(UserError, match="got 'None'"):
         select_label(items, "None")
+
+
+@pytest.mark.parametrize(("n", "count", "expected"), [(5, 9, [0, 1, 2, 3, 4]), (4, 2, [0, 2]), (0, 3, [])])
+def test_items_are_taken_evenly(n, count, expected):
+    assert evenly([{"image": place} for place in range(n)], count) == [{"image": place} for place in expected]
+
+
+def test_few_items_of_a_long_list_reach_its_end():
+    taken = [item["image"] for item in evenly([{"image": place} for place in range(3999)], 2000)]
+    assert len(set(taken)) == 2000
+    assert taken[-1] >= 3996

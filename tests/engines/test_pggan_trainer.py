@@ -27,6 +27,8 @@ CHANNELS = (6, 5, 4)
 EPSILON = 1e-3  # of Adam: with a tiny one the sign of a gradient that is nearly 0 decides a whole step
 # levels end after 16, 46 (the step from 40 on) and 88 images
 SCHEDULE = GrowthSchedule((4, 8, 16), (4, 6, 2), (0.002, 0.001, 0.003), (16, 28, 44), (0, 12, 20))
+# two images on each of two processes
+SHARED = GrowthSchedule((4, 8, 16), (4, 6, 4), (0.002, 0.001, 0.003), (16, 28, 44), (0, 12, 20))
 
 
 def make_pyramid(folder: Path, count=30) -> ImagePyramid:
@@ -251,7 +253,7 @@ def _train_in_a_group(rank: int, folder: Path) -> None:
     given = parts()
     if rank:  # rank 0's networks are handed to all
         torch.nn.init.normal_(given["generator"].blocks[0].dense.weight)
-    engine = trainer(given, make_pyramid(folder / str(rank)))
+    engine = trainer(given, make_pyramid(folder / str(rank)), SHARED)
     steps = outputs(engine)
     torch.save([step["image"] for step in steps], folder / f"images{rank}.pt")
     torch.save(engine.training_state(), folder / f"state{rank}.pt")
@@ -268,7 +270,7 @@ def test_two_processes_see_disjoint_images_and_stay_one_network(pyramid, tmp_pat
         for name in ("state", "images")
     )
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-    alone = [step["image"] for step in outputs(trainer(parts(), pyramid))]
+    alone = [step["image"] for step in outputs(trainer(parts(), pyramid, SHARED))]
     assert len(alone) == len(images[0]) == len(images[1])
     for whole, first, second in zip(alone, *images, strict=True):  # every other image each
         torch.testing.assert_close(whole[0::2], first)
@@ -300,13 +302,16 @@ def test_networks_that_do_not_fit_the_schedule_or_each_other_are_refused(pyramid
         trainer(given, pyramid)
 
 
-def test_batches_that_make_no_whole_groups_are_told_before_the_training(pyramid, caplog):
+def test_batches_that_make_no_whole_groups_are_told_before_the_training(pyramid, caplog, monkeypatch):
     given = {**parts(), "discriminator": PGGANDiscriminator(CHANNELS, minibatch_group_size=4)}
     with pytest.raises(UserError, match=r"the 6 images .* at 8×8 must be a multiple of minibatch_group_size 4"):
         trainer(given, pyramid)
     single = GrowthSchedule((4, 8, 16), (4, 4, 1), (0.1,) * 3, (8, 8, 8), (0, 4, 4))
     trainer(given, pyramid, single)
     assert "one image a step at 16×16" in caplog.text
+    monkeypatch.setattr("medgen.engines.pggan.idist.get_world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"one image a step at 16×16.* start fewer .* --batch_sizes \[4,6,4\]"):
+        trainer(parts(), pyramid)
 
 
 def test_classes_without_labels_are_told(pyramid):
@@ -321,7 +326,7 @@ def test_memory_of_a_device_limits_each_levels_batch(monkeypatch):
     sides = tuple(4 << level for level in range(8))
     assert growth_schedule(sides, *settings).batch_sizes == (128, 128, 128, 64, 32, 16, 8, 4)
     assert growth_schedule(sides, *settings, batch_size=20).batch_sizes == (20, 20, 20, 20, 20, 16, 8, 4)
-    monkeypatch.setattr("medgen.engines.pggan.idist.get_world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert growth_schedule(sides, *settings, batch_size=20).batch_sizes == (40, 40, 40, 40, 32, 16, 8, 4)
     with pytest.raises(UserError, match=r"batch_size must be a whole number of at least 1, or null, got 0"):
         growth_schedule(sides, *settings, batch_size=0)

@@ -50,3 +50,17 @@ def test_log_names_the_run_and_its_length_then_shows_losses_and_speed(clock, cap
 def test_speed_leaves_the_time_of_validation_out_and_the_end_is_always_shown(clock, caplog):
     lines = train(clock, caplog, log_seconds=1000)
     assert lines[1:] == ["epoch 2/2 (100%): loss 0.25 kl 1234, 4.0 img/s"]
+
+
+def test_counts_are_shown_whole(clock, caplog):
+    class Trainer(GenerativeTrainer):
+        def _iteration(self, engine, batch):
+            clock.seconds += 1
+            return [{"loss": torch.tensor(0.25), "images_seen": 1234567}]
+
+    loader = ResumableDataLoader(Dataset([{"image": torch.zeros(1)}] * 2), batch_size=2)
+    shown = TrainingProgress("run", keys=("images_seen", "loss"), log_seconds=0.0)
+    engine = Trainer(device="cpu", max_epochs=1, train_data_loader=loader, components={}, train_handlers=[shown])
+    with caplog.at_level(logging.INFO, logger="medgen"):
+        engine.run()
+    assert caplog.records[-1].getMessage() == "epoch 1/1 (100%): images_seen 1,234,567 loss 0.25, 2.0 img/s"

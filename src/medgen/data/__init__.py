@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "conditions": ["as_text", "check_captions", "check_prompts", "load_prompts", "prompts_line", "with_masks"],
         "datalist": [
             "datalist_hash",
+            "evenly",
             "items_from_folder",
             "load_classes",
             "load_datalist",
@@ -27,7 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "image_reader": ["MedicalImageReader"],
         "image_set": ["file_sha256", "ImageSet"],
         "latents": ["estimate_scaling", "LatentScaling", "LatentStore", "load_latents"],
-        "masked": ["load_masked"],
+        "masked": ["binary_mask", "load_masked", "mask_level"],
         "pending": ["pending_groups"],
         "pyramid": ["GrowingDataLoader", "ImagePyramid"],
         "reader": ["Frame", "read_frames", "UnreadableImageError"],

@@ -23,6 +23,7 @@ from medgen.output import atomic_write_text
 __all__ = [
     "datalist_hash",
     "distinct_names",
+    "evenly",
     "file_stem",
     "items_from_folder",
     "list_files",
@@ -552,6 +553,20 @@ def load_classes(
             )
         item["label"] = number
     return items
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """At most ``count`` items, taken from all of a list: of one in the order of its classes each is there.
+
+    Args:
+        items: any number.
+        count: of the items wanted, at least 1.
+
+    Returns:
+        All items if there are no more, in their order.
+    """
+    n = min(len(items), count)
+    return [items[place * len(items) // n] for place in range(n)]
 
 
 def select_label(items: Iterable[Item], label: int | str | None) -> list[Item]:

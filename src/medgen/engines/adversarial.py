@@ -63,6 +63,8 @@ class AdversarialTrainer(GenerativeTrainer):
         UserError: networks that do not fit each other.
     """
 
+    longer = "raise --max_images"
+
     def __init__(
         self,
         device: torch.device | str,

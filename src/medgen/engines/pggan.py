@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +46,7 @@ _ROWS: dict[str, tuple[Any, ...]] = {
         (0, *(600 * _K,) * 7),
         1e-8,
     ),
-    # CXR_PGGAN: four GPUs
+    # CXR_PGGAN: four GPUs, each with a quarter of these images and its own minibatch standard deviation
     "cxr14_1024": (
         (64, 64, 64, 64, 64, 64, 56, 32, 12),
         (0.001,) * 9,
@@ -97,27 +99,37 @@ def growth_schedule(
     Raises:
         UserError: settings that make no schedule.
     """
-    if batch_size is not None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size must be a whole number of at least 1, or null, got {batch_size!r}")
-        batch_sizes = [min(size, batch_size * idist.get_world_size()) for size in batch_sizes]
-    return GrowthSchedule(resolutions, batch_sizes, lrs, images, fade_images)
+    schedule = GrowthSchedule(resolutions, batch_sizes, lrs, images, fade_images)
+    if batch_size is None:
+        return schedule
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size must be a whole number of at least 1, or null, got {batch_size!r}")
+    # by torchrun's variable: a config asks before the processes have found each other
+    most = batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    return dataclasses.replace(schedule, batch_sizes=[min(size, most) for size in schedule.batch_sizes])
 
 
 def _check_groups(schedule: GrowthSchedule, group_size: int | None) -> None:
     """See before the training, not days later at its last level, that each process's batches make whole groups."""
+    processes = idist.get_world_size()
     for resolution, total in zip(schedule.resolutions, schedule.batch_sizes, strict=True):
-        batch_size = total // idist.get_world_size()
+        batch_size = total // processes
         if group_size is not None and batch_size > group_size and batch_size % group_size:
             raise UserError(
                 f"the {batch_size} images that a process sees in a step at {resolution}×{resolution} must be a "
                 f"multiple of minibatch_group_size {group_size}, or fewer; change --batch_size or --batch_sizes"
             )
         if batch_size < 2:
-            logger.warning(
+            problem = (
                 f"each process sees one image a step at {resolution}×{resolution}: the discriminator's minibatch "
-                "standard deviation, which keeps the generator from collapsing, has nothing to see; raise --batch_sizes"
+                "standard deviation, which keeps the generator from collapsing, has nothing to see"
             )
+            if processes > 1:
+                enough = [max(size, 2 * processes) for size in schedule.batch_sizes]
+                raise UserError(
+                    f"{problem}; start fewer processes, or set --batch_sizes {str(enough).replace(' ', '')}"
+                )
+            logger.warning(f"{problem}; raise --batch_sizes")
 
 
 class _GrowthState:
@@ -173,6 +185,8 @@ class PGGANTrainer(AdversarialTrainer):
     Raises:
         UserError: networks that do not fit each other or the schedule, or a setting outside its range.
     """
+
+    longer = "raise --max_images, or the last of --images, to train longer at full size"
 
     def __init__(
         self,

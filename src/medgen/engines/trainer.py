@@ -78,6 +78,8 @@ class GenerativeTrainer(Trainer):
         every = 1 if self.state.device.type == "cpu" else 10
         self.add_event_handler(Events.ITERATION_COMPLETED(every=every), lambda: self.check_finite())
 
+    longer = "raise --max_epochs"  # what makes a training that is complete go on
+
     @property
     def images_seen(self) -> int:
         """Training images handed out so far, on all ranks."""

@@ -106,7 +106,7 @@ class TrainingCheckpoint:
         engine.load_training_state(state)
         logger.info(f"resumed from {self.folder} at iteration {engine.state.iteration}, {engine.images_seen} images")
         if engine.state.epoch >= engine.state.max_epochs:
-            logger.info("this training is complete; raise --max_epochs to go on")
+            logger.info(f"this training is complete; to go on {engine.longer}")
 
     def load(self) -> dict[str, Any] | None:
         """The newest readable state on the CPU, or None where there is none.

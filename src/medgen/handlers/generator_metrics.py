@@ -18,7 +18,7 @@ from medgen.errors import UserError
 from medgen.handlers.set_metrics import SHOWN, SetMetrics
 from medgen.metrics import frd_score, get_protocol, make_extractor, ms_ssim_kernel_size
 from medgen.metrics.feature_set import FeatureSet
-from medgen.metrics.sliced_wasserstein import pyramid_sides, set_descriptors, sliced_wasserstein
+from medgen.metrics.sliced_wasserstein import REAL, SAMPLES, pyramid_sides, set_descriptors, sliced_wasserstein
 
 __all__ = ["GeneratorMetrics"]
 
@@ -121,7 +121,8 @@ class GeneratorMetrics(SetMetrics):
         if n < 2:
             raise UserError(f"distances and diversity take at least 2 real images, got {n}; name a --split with more")
         names = {"samples": "generated images", "test": "real images"}
-        sets = {role: _PixelSet(np.stack(self._pixels[role]), name) for role, name in names.items()}
+        # the single images go at once: at full size a set has gigabytes
+        sets = {role: _PixelSet(np.stack(self._pixels.pop(role)), name) for role, name in names.items()}
         self.show(sets, np.linspace(0, n - 1, min(SHOWN, n)).round().astype(int).tolist())
         distances = {**self._radiomics(sets), **self._patches(sets)}
         metrics = self._figures(sets, distances, np.arange(n))
@@ -131,18 +132,19 @@ class GeneratorMetrics(SetMetrics):
             if len(places) < 2:
                 logger.warning(f"class {number} is not measured alone: it has {len(places)} images")
                 continue
-            found = self._figures(sets, distances, places)
+            of_class = {role: replace(of, pixels=of.pixels[places]) for role, of in sets.items()}
+            found = self._figures(of_class, distances, places)
             metrics |= {f"{name}_class{number}": value for name, value in found.items()}
         engine.state.metrics.update(metrics | {"resolution": sets["test"].pixels.shape[-1]})
 
     def _figures(
         self, sets: dict[str, _PixelSet], distances: dict[str, Distance], places: NDArray[np.intp]
     ) -> dict[str, float]:
-        """All figures of the images at some places."""
+        """All figures of the images at some places, which the sets are of."""
         metrics: dict[str, float] = {f"n_{role}": len(places) for role in sets}
         try:
             ms_ssim_kernel_size(min(sets["test"].pixels.shape[2:]))
-            metrics |= self.diversity({role: replace(of, pixels=of.pixels[places]) for role, of in sets.items()})
+            metrics |= self.diversity(sets)
         except UserError as error:
             logger.warning(f"MS-SSIM is left out: {error}")
         for name, (statistic, *both) in distances.items():
@@ -168,7 +170,8 @@ class GeneratorMetrics(SetMetrics):
     def _patches(self, sets: dict[str, _PixelSet]) -> dict[str, Distance]:
         """The sliced Wasserstein distance, the mean and each level."""
         logger.info(f"swd: patches of {len(self._patients):,} generated and real images")
-        descriptors = np.concatenate([set_descriptors(sets[role], self.seed) for role in ("test", "samples")])
+        roles = {"test": REAL, "samples": SAMPLES}
+        descriptors = np.concatenate([set_descriptors(sets[name], self.seed, role) for name, role in roles.items()])
 
         # the levels are measured together and asked for one after the other
         @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -25,7 +27,8 @@ class LevelSaver:
     images of that size come from these weights, not from the grown network's.
 
     Attach it before :class:`medgen.handlers.TrainingCheckpoint`: a training that is killed between the two then writes
-    the level again.
+    the level again. Give it to the trainer's ``components``: it then tells its own levels from those of another
+    training, which are kept as ``levels.previous``.
 
     Args:
         network: the moving average.
@@ -34,6 +37,7 @@ class LevelSaver:
 
     def __init__(self, network: nn.Module, model_path: str | Path) -> None:
         self.network, self.folder = network, Path(model_path).parent / LEVELS
+        self._saved: list[int] = []
 
     def attach(self, engine: PGGANTrainer) -> None:
         """Register on a trainer."""
@@ -48,8 +52,23 @@ class LevelSaver:
         if not engine.at_level_end:
             return
         engine.check_finite_weights()
+        first = not self._saved
+        self._saved.append(self.network.resolution)
         if idist.get_rank() > 0:
             return
+        if first and self.folder.is_dir():
+            before = self.folder.with_name(f"{LEVELS}.previous")
+            shutil.rmtree(before, ignore_errors=True)
+            self.folder.rename(before)
+            logger.warning(f"{self.folder} was there before this training; kept as {before}")
         path = self.folder / f"{self.network.resolution:04d}.pt"
         atomic_save({name: value.cpu() for name, value in self.network.state_dict().items()}, path)
         logger.info(f"{engine.images_seen} images: level {self.network.resolution} is over, saved to {path}")
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """Sides of the levels that this training has saved."""
+        return {"saved": list(self._saved)}
+
+    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._saved = list(state["saved"])

@@ -80,7 +80,8 @@ class TrainingProgress:
             return
         engine.state.images_per_second = self._images / max(self._busy, 1e-9)
         output = engine.state.output[0]
-        losses = " ".join(f"{k} {float(output[k]):.4g}" for k in self.keys if k in output)
+        shown = {key: output[key] for key in self.keys if key in output}
+        losses = " ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {float(v):.4g}" for k, v in shown.items())
         speed = f"{engine.state.images_per_second:.1f} img/s"
         if self.bar is not None:
             self.bar.set_description(f"epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False)

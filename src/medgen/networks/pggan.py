@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "rsna_512":   (_WIDTHS[:-1],            512,  True,    4,  True,  True),  # chestXray-PGGAN: the paper's at 512
     "cxr14_1024": (_WIDTHS,                 512, False, None, False, False),  # CXR_PGGAN
     "small_64":   ((128, 128, 64, 48, 24),  128,  True,    4,  True,  True),  # two CPU cores
-    "demo_32":    ((48, 48, 32, 16),         64,  True,    4,  True,  True),  # minutes
+    "demo_32":    ((48, 48, 32, 16),        512,  True,    4,  True,  True),  # minutes; Z as in the large ones
 }  # fmt: skip
 PGGAN_PRESETS: dict[str, dict[str, Any]] = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()}
 
@@ -79,7 +80,8 @@ class _TwiceConvolution(torch.autograd.Function):
     """``F.conv2d`` whose derivative is itself made of ordinary convolutions.
 
     PyTorch's own takes the weight's share of a gradient's derivative, which a gradient penalty needs, as a convolution
-    with a kernel as large as the feature map. Values and derivatives are the same.
+    with a kernel as large as the feature map, which is slower on a CPU (tests/benchmarks/bench_pggan.py). Values and
+    derivatives are the same.
     """
 
     @staticmethod
@@ -105,7 +107,11 @@ class _TwiceConvolution(torch.autograd.Function):
 
 def _is_wanted(ctx: Any, place: int) -> bool:
     # needs_input_grad is about the forward pass; the first pass of a gradient penalty asks for the image's alone
-    return ctx.needs_input_grad[place] and torch._C._will_engine_execute_node(ctx.next_functions[place][0])
+    return ctx.needs_input_grad[place] and _will_run(ctx.next_functions[place][0])
+
+
+# an internal of PyTorch, which its own FSDP uses: without it more is computed than is asked for
+_will_run = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 class EqualisedConv(nn.Module):
@@ -152,8 +158,9 @@ class EqualisedConv(nn.Module):
         if self.resample == "up":
             return F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), bias, self.stride, self.padding)
         if self.twice and torch.is_grad_enabled():
-            if torch.is_autocast_enabled(x.device.type):
-                dtype = torch.get_autocast_dtype(x.device.type)
+            device = x.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
                 x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
             # a view: autograd cannot be asked about a parameter itself
             return _TwiceConvolution.apply(x, weight, bias.view_as(bias), self.stride, self.padding)
@@ -162,9 +169,10 @@ class EqualisedConv(nn.Module):
 
 def pixel_norm(x: torch.Tensor) -> torch.Tensor:
     """Each pixel's vector over the channels, divided by its root mean square (section 4.2)."""
-    # on a CPU a dot product's derivative takes half the time of a mean square's
-    mean = torch.linalg.vecdot(x, x, dim=1) / x.shape[1]
-    return x * (mean + EPSILON).rsqrt().unsqueeze(1)
+    # on a CPU a norm's derivative takes half the time of a mean square's
+    at_least_float32 = torch.promote_types(x.dtype, torch.float32)
+    mean = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=at_least_float32).square() / x.shape[1]
+    return x * (mean + EPSILON).rsqrt().to(x.dtype)
 
 
 def minibatch_stddev(x: torch.Tensor, group_size: int | None) -> torch.Tensor:
@@ -188,7 +196,8 @@ def minibatch_stddev(x: torch.Tensor, group_size: int | None) -> torch.Tensor:
             f"{B // size * size} or {(B // size + 1) * size}"
         )
     groups = x.reshape(size, B // size, C, H, W)
-    stddev = (groups.var(0, correction=0) + EPSILON).sqrt().mean((1, 2, 3))
+    groups = groups - groups.mean(0)  # `var` takes twice as long
+    stddev = (groups.square().mean(0) + EPSILON).sqrt().mean((1, 2, 3))
     return torch.cat([x, stddev.repeat(size)[:, None, None, None].expand(B, 1, H, W)], 1)
 
 
@@ -267,7 +276,7 @@ class _Growing(nn.Module):
 def _read_growth(network: _Growing, _: Any) -> None:
     """A position that was loaded becomes the position in use: read once, since reading it would make a GPU wait."""
     resolution, alpha = network.growth.tolist()
-    network.grow(int(resolution), alpha)
+    network.grow(int(resolution) if resolution.is_integer() else resolution, alpha)  # NaN is no whole number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +294,7 @@ class _FirstSynthesisBlock(nn.Module):
         self.first_norm = first_norm
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        x = _activate(self.dense(z).reshape(len(z), -1, BASE_SIDE, BASE_SIDE))
+        x = _activate(self.dense(z).unflatten(1, (-1, BASE_SIDE, BASE_SIDE)))
         x = x.contiguous(memory_format=torch.channels_last)
         if self.first_norm:
             x = pixel_norm(x)
@@ -307,6 +316,9 @@ class _SynthesisBlock(nn.Module):
 
 class PGGANGenerator(_Growing):
     """Latents to images, as far as the network has grown.
+
+    The first dense layer has a bias for each place of its 4×4 pixels, as the networks of the GAN zoo and of CXR_PGGAN
+    have; the official code has one for each channel.
 
     Args:
         channels: widths of the levels, from 4×4 on; their number decides the full size.
@@ -362,7 +374,7 @@ class PGGANGenerator(_Growing):
         """
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise UserError(f"latents must be (B, {self.latent_dim}), got {tuple(z.shape)}; set latent_dim")
-        classes = class_vectors(labels, self.num_classes, len(z))
+        classes = class_vectors(labels, self.num_classes, z.shape[0])
         x = pixel_norm(z if classes is None else torch.cat([z, classes.to(z.dtype)], 1))
         if truncation_psi != 1:
             x = torch.cat([x[:, : self.latent_dim] * truncation_psi, x[:, self.latent_dim :]], 1)
@@ -388,7 +400,11 @@ class _LastAnalysisBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = _activate(self.conv(minibatch_stddev(x, self.minibatch_group_size)))
-        return self.out(_activate(self.dense(x.flatten(1))))
+        x = _activate(self.dense(x.flatten(1)))
+        device = x.device.type
+        # a score of 64 would be rounded to 0.5 in bfloat16, and it is differences of scores that count
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return self.out(x.to(self.out.weight.dtype))
 
 
 class _AnalysisBlock(nn.Module):
