@@ -1,9 +1,10 @@
 """Masks for the images of a dataset: ``python -m preprocessing.masks --target DIR --masks DIR``.
 
 The target is a folder that preprocessing.images or another command of this package has written. Each of its images
-gets the mask of its name: ``a/b.png`` that of ``b.png``, or of ``b_mask.png`` with ``--postfix _mask``. Several
-``--masks`` are united, such as those of the left and of the right lung. Pixels above 0 are inside; in a grey picture
-(a mask saved as JPEG), those above half of its maximum.
+gets the mask of its path: ``images/a/b.png`` that of ``a/b.png``, or of ``a/b_mask.png`` with ``--postfix _mask``. If
+there is none, it gets the one mask of its name in any folder, unless other images have that name, too. Several
+``--masks`` are united, such as those of the left and of the right lung. Pixels above 0 are inside; in a JPEG or a
+picture of many grey levels, those above half of its maximum.
 
 Written are ``TARGET/masks`` (PNGs of 0 and 255, of the images' sizes), ``TARGET/datalist_masks.json``, which holds the
 images that have a mask, in their splits, and ``TARGET/rejected_masks.csv``. The image must be all of the radiograph
@@ -15,9 +16,11 @@ written; 2 wrong usage; 130 interrupted.
 
 from __future__ import annotations
 
+import posixpath
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -25,7 +28,16 @@ import numpy as np
 import typer
 from PIL import Image
 
-from medgen.data.datalist import file_stem, list_files, validate_datalist, write_datalist, write_rejected
+from medgen.data.datalist import (
+    distinct_names,
+    file_stem,
+    list_files,
+    validate_datalist,
+    write_datalist,
+    write_rejected,
+)
+from medgen.data.image_set import image_reason
+from medgen.data.masked import mask_level
 from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.errors import UserError
 from medgen.output import atomic_file
@@ -33,7 +45,6 @@ from preprocessing import _convert as c
 
 __all__ = ["add_masks", "app", "read_mask"]
 
-GREY_LEVELS = 16  # more than a map of labels has: the blurred edges of a JPEG
 RATIO_TOLERANCE = 0.02  # of height to width: rounding to whole pixels makes 1 / side
 
 
@@ -49,13 +60,12 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         UnreadableImageError: it cannot be read, or marks no pixel.
     """
-    pixels = read_frames(path)[0].pixels
-    pixels = pixels if pixels.ndim == 2 else pixels.max(axis=-1)
-    grey = len(np.unique(pixels)) > GREY_LEVELS
-    mask = pixels > (pixels.max() / 2 if grey else 0)
-    if not mask.any():
-        raise UnreadableImageError("the mask marks no pixel")
-    return mask
+    try:
+        frame = read_frames(path)[0]
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"the mask {path.name}: {error}") from error
+    pixels = frame.pixels if frame.pixels.ndim == 2 else frame.pixels.max(axis=-1)
+    return pixels > mask_level(pixels, frame.meta.get("format", ""))
 
 
 def _fitted(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -68,6 +78,50 @@ def _fitted(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
             "images with --fit shorter"
         )
     return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 0
+
+
+def _write(mask: np.ndarray, path: Path) -> None:
+    try:
+        with atomic_file(path) as file:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(file, format="PNG", **c.PNG_OPTIONS)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); mend that and run the same command again"
+        ) from error
+
+
+def _key(path: str) -> str:
+    """A path without its suffix."""
+    return posixpath.join(posixpath.dirname(path), file_stem(path))
+
+
+@dataclass
+class _Folder:
+    """The masks of one folder.
+
+    Attributes:
+        by_path: files, by their path without suffix and postfix.
+        by_stem: the same, by their name alone.
+    """
+
+    by_path: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    by_stem: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
+
+    @classmethod
+    def read(cls, folder: Path, postfix: str) -> _Folder:
+        found = cls()
+        for file in list_files(folder):
+            if file_stem(file).endswith(postfix):
+                key = _key(file).removesuffix(postfix)
+                found.by_path[key].append(folder / file)
+                found.by_stem[posixpath.basename(key)].append(folder / file)
+        if not found.by_path:
+            raise UserError(f"expected masks (*{postfix}.png and the like) below --masks {folder}, got none")
+        return found
+
+    def of(self, key: str) -> list[Path]:
+        """The masks that may be an image's, given its path without suffix."""
+        return self.by_path.get(key) or self.by_stem.get(posixpath.basename(key), [])
 
 
 def _names(file: Path, images: Sequence[str]) -> set[str]:
@@ -97,8 +151,8 @@ def add_masks(
         The exit code.
 
     Raises:
-        UserError: if there is no datalist, a folder of masks is empty, two masks in it have one name, no image has a
-            mask, or the file of images to leave out cannot be read or names others.
+        UserError: if there is no datalist, a folder of masks is empty, no image has a mask, a mask would lie where an
+            image is or cannot be written, or the file of images to leave out cannot be read or names others.
     """
     content = validate_datalist(target / "datalist.json")
     splits = {
@@ -107,43 +161,48 @@ def add_masks(
         if isinstance(items, list) and all(isinstance(item, dict) for item in items)
     }
     left_out = _names(skip, [item["image"] for items in splits.values() for item in items]) if skip else set()
-    found: dict[str, list[Path]] = defaultdict(list)
-    for folder in masks:
-        names: dict[str, str] = {}
-        for file in list_files(folder):
-            stem = file_stem(file)
-            if not stem.endswith(postfix):
-                continue
-            if stem in names:
-                raise UserError(f"two masks below {folder} have one name, {names[stem]} and {file}; remove one")
-            names[stem] = file
-            found[stem.removesuffix(postfix)].append(folder / file)
-        if not names:
-            raise UserError(f"expected masks (*{postfix}.png and the like) below --masks {folder}, got none")
+    folders = [_Folder.read(folder, postfix) for folder in masks]
+
+    images = [posixpath.normpath(item["image"]) for items in splits.values() for item in items]
+    names = [image.removeprefix("images/") for image in images]
+    keys = [_key(name) for name in names]
+    same_stem = Counter(posixpath.basename(key) for key in keys)
+    places = [f"masks/{name}.png" for name in distinct_names(keys, names, images)]
+    taken = {image.casefold() for image in images}
+    for image, place in zip(images, places, strict=True):
+        if place.casefold() in taken:
+            raise UserError(
+                f"the mask of {image} would lie where an image is, {place}; rename the folder of that image"
+            )
 
     rejected: dict[str, str] = {}
+    used: set[Path] = set()
     with_mask: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
-    for name, items in splits.items():
-        for item in items:
-            path = PurePosixPath(item["image"])
-            try:
-                files = found.get(path.stem, [])
-                if path.stem in left_out:
-                    raise UnreadableImageError(f"left out by {skip.name}")
-                if not files:
-                    raise UnreadableImageError(f"no mask named {path.stem}{postfix}")
-                with Image.open(target / item["image"]) as image:
-                    size = image.size
-                mask = np.logical_or.reduce([_fitted(read_mask(file), size) for file in files])
-            except UnreadableImageError as error:
-                rejected[item["image"]] = c.one_line(error)
-                continue
-            where = PurePosixPath("masks", *path.with_suffix(".png").parts[1:])
-            with atomic_file(target / where) as file:
-                Image.fromarray(mask.astype(np.uint8) * 255).save(file, format="PNG", **c.PNG_OPTIONS)
-            with_mask[name].append({**item, "mask": where.as_posix()})
-    known = {PurePosixPath(item["image"]).stem for items in splits.values() for item in items}
-    lost = [file for stem, files in found.items() if stem not in known for file in files]
+    pairs = ((name, item) for name, items in splits.items() for item in items)
+    for (name, item), key, place in zip(pairs, keys, places, strict=True):
+        stem = posixpath.basename(key)
+        found = [files for folder in folders if (files := folder.of(key))]
+        used.update(*found)
+        try:
+            if stem in left_out:
+                raise UnreadableImageError(f"left out by {skip.name}")
+            if not found:
+                raise UnreadableImageError(f"no mask named {stem}{postfix}")
+            for files in found:
+                if len(files) > 1:
+                    raise UnreadableImageError(f"{len(files)} masks have its name, {files[0]} and {files[1]}")
+            if same_stem[stem] > 1 and not all(key in folder.by_path for folder in folders if folder.of(key)):
+                raise UnreadableImageError(
+                    f"{same_stem[stem]} images are named {stem}: their masks must lie in folders as theirs, {key}"
+                )
+            height, width = read_frames(target / item["image"])[0].pixels.shape[:2]
+            mask = np.logical_or.reduce([_fitted(read_mask(file), (width, height)) for (file,) in found])
+        except Exception as error:  # one odd file must not stop the rest
+            rejected[item["image"]] = image_reason(error)
+            continue
+        _write(mask, target / place)
+        with_mask[name].append({**item, "mask": place})
+    lost = [file for folder in folders for files in folder.by_path.values() for file in files if file not in used]
     rejected |= dict.fromkeys(map(str, lost), "a mask of no image of the datalist")
 
     write_rejected(target / "rejected_masks.csv", rejected)

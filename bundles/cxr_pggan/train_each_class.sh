@@ -2,7 +2,8 @@
 # One model for each class of a datalist, one after the other:
 #   bash train_each_class.sh --datalist FILE --output_dir DIR [--NAME VALUE for every name at the head of train.json]
 # Class K's training goes to DIR/class_K, its weights to DIR/class_K/model.pt. CONFIG_FILE and LAUNCHER may be set:
-#   CONFIG_FILE="['configs/train.json','configs/small_64.json']" LAUNCHER="torchrun --standalone --nproc_per_node=4"
+#   CONFIG_FILE="['configs/train.json','configs/multi_gpu_train.json']" \
+#   LAUNCHER="torchrun --standalone --nproc_per_node=4"
 set -euo pipefail
 CONFIG_FILE=${CONFIG_FILE:-configs/train.json}
 read -ra launcher <<<"${LAUNCHER:-${PYTHON:-python}}"
@@ -22,7 +23,8 @@ if [ -z "$datalist" ] || [ -z "$output" ]; then
     echo "error: expected --datalist FILE --output_dir DIR, got neither or only one; name both" >&2
     exit 2
 fi
-labels=$("${PYTHON:-python}" - "$datalist" <<'CODE'
+classes=$("${PYTHON:-python}" - "$datalist" <<'CODE'
+import re
 import sys
 from medgen.data import load_datalist
 from medgen.errors import UserError
@@ -31,12 +33,21 @@ try:
 except UserError as error:
     sys.exit(f"error: {error}")
 labels = sorted({str(item["label"]) for item in items if item.get("label") is not None})
-print(*labels, sep="\n") if labels else sys.exit(f"error: expected items with a label in {sys.argv[1]}, got none; add it")
+if not labels:
+    sys.exit(f"error: expected items with a label in {sys.argv[1]}, got none; add it")
+folders = {}
+for label in labels:
+    folder = "class_" + re.sub("[^A-Za-z0-9_-]", "_", label)
+    if folder in folders:
+        sys.exit(f"error: the labels {folders[folder]!r} and {label!r} would share the folder {folder}; rename one")
+    folders[folder] = label
+for folder, label in folders.items():
+    print(folder, label)
 CODE
 )
-while IFS= read -r label; do
-    folder="$output/class_${label//[^A-Za-z0-9_-]/_}"
+while IFS= read -r class; do
+    label=${class#* } folder="$output/${class%% *}"
     echo "class $label of $datalist: $folder"
     "${launcher[@]}" -m monai.bundle run --config_file "$CONFIG_FILE" "${rest[@]}" \
         --label "$label" --output_dir "$folder" --model_path "$folder/model.pt" </dev/null
-done <<<"$labels"
+done <<<"$classes"

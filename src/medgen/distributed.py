@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from medgen.errors import UserError
 
-__all__ = ["check_shards", "local_device", "start"]
+__all__ = ["check_alone", "check_shards", "local_device", "start"]
 
 
 def start() -> None:
@@ -33,6 +33,23 @@ def start() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def check_alone(multi_gpu: bool) -> None:
+    """See that a training that joins no process group is the only one: several would write into one folder.
+
+    Args:
+        multi_gpu: whether the training joins one; ``multi_gpu_train.json`` sets it.
+
+    Raises:
+        UserError: torchrun started several processes that would not join.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not multi_gpu:
+        raise UserError(
+            f"torchrun started {processes} processes, but the config makes each train alone; add "
+            "configs/multi_gpu_train.json to --config_file"
+        )
 
 
 def check_shards(**datasets: Sized) -> None:

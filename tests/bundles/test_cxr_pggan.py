@@ -143,7 +143,7 @@ def test_configuration_is_that_of_the_published_training():
         ({"lrs": [0.001, -1, 0.001, 0.001]}, r"lrs must be numbers above 0, got -1"),
         ({"batch_sizes": 16}, r"batch_sizes must be a list with one entry a level, got 16"),
         ({"batch_size": "x"}, r"batch_size must be a whole number of at least 1, or null, got 'x'"),
-        ({"batch_sizes": [4, 4, 4, 16]}, r"a training step takes 16 images .* holds 4"),
+        ({"batch_size": 16, "batch_sizes": [4, 4, 4, 16]}, r"a training step takes 16 images .* holds 4"),
         ({"max_images": 41}, r"max_images must be from 1 to the schedule's 40, got 41; raise the last of --images"),
         ({"tick_images": 0}, "tick_images must be a whole number of at least 1, got 0"),
         ({"tick_images": 1}, "at least one step, 2 images, got 1; raise --tick_images"),
@@ -256,10 +256,12 @@ def test_one_command_trains_a_model_for_each_class(datalist, tmp_path):
 )
 def test_each_class_has_a_folder_of_its_own(labels, folders, tmp_path):
     splits = {"training": [{"image": f"{n}.png", "patient": str(n), "label": label} for n, label in enumerate(labels)]}
+    for item in splits["training"]:
+        (tmp_path / item["image"]).touch()
     write_datalist(tmp_path / "datalist.json", "classes", "X-ray", splits)
     environment = {**os.environ, "PYTHON": sys.executable, "LAUNCHER": "echo"}  # says what it would start
     script = ["bash", str(BUNDLE / "train_each_class.sh"), "--datalist", str(tmp_path / "datalist.json")]
-    done = subprocess.run([*script, "--output_dir", "out"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*script, "--output_dir", "out"], env=environment, capture_output=True, text=True)
     if folders is None:
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "error: the labels 'a b' and 'a_b' would share the folder class_a_b; rename one\n"

@@ -72,9 +72,17 @@ def damage(content, folder):
     (folder / content["training"][0]["image"]).write_bytes(b"no picture")
 
 
+def empty_mask(content, folder):
+    Image.new("L", (64, 64)).save(folder / content["training"][0]["mask"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(lose_mask, r"1 of 4 items of split training have no mask.*preprocessing\.masks"), (damage, r"image0\.png")],
+    [
+        (lose_mask, r"1 of 4 items of split training have no mask.*preprocessing\.masks"),
+        (damage, r"image0\.png"),
+        (empty_mask, r"mask0\.png: the mask marks no pixel"),
+    ],
 )
 def test_mistakes_in_the_data_are_one_line(change, message, datalist, workflow, tmp_path):
     spoiled = spoil(datalist, tmp_path / "data", change)
@@ -231,6 +239,23 @@ def test_interrupted_inference_goes_on_and_ends_with_the_same_files(pictures, wo
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(workflow(BUNDLE, "inference", torn, resume="true", **{**settings, "mc_passes": 3}))
     assert_one_line(caught.value, "made with mc_passes 2, this run has 3")
+
+
+def test_unreadable_images_of_a_datalist_are_recorded_and_the_rest_goes_on(pictures, workflow, tmp_path):
+    channel_as_logit(tmp_path / "model.pt")
+    names = ["broken.png", "lungs.png", "sub/upright.png"]
+    items = [{"image": name, "patient": name} for name in names]
+    (pictures / "datalist.json").write_text(json.dumps({"test": items}))
+    settings = {"datalist": str(pictures / "datalist.json"), "model_path": str(tmp_path / "model.pt"), "mc_passes": 0}
+    out = tmp_path / "out"
+    for resume in ("false", "true"):
+        run(workflow(BUNDLE, "inference", out, resume=resume, num_workers=1, **settings))
+        assert set(rows(out / "boxes.csv")) == set(names[1:])
+        assert set(rows(out / "rejected.csv")) == {"broken.png"}
+        (out / "records" / "lungs.json").unlink()
+    Image.open(pictures / "lungs.png").save(pictures / "broken.png")  # mended: the next run takes it along
+    run(workflow(BUNDLE, "inference", out, resume="true", **settings))
+    assert set(rows(out / "boxes.csv")) == set(names)
 
 
 def test_uncertainty_does_not_depend_on_the_batch_and_is_zero_without_dropout(pictures, workflow, tmp_path):

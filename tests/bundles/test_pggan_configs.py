@@ -151,9 +151,9 @@ def test_a_class_is_made_alone_on_request(colour_and_classes, tmp_path):
     assert [item["label"] for item in load_datalist(tmp_path / "datalist.json", "training")] == [1, 1]
 
 
-@pytest.mark.parametrize("label", [1, "opacity"])
-def test_samples_of_a_model_of_one_class_get_its_label(model_path, tmp_path, label):
-    run("inference", tmp_path, model_path, seeds="0-2", label=label)
+@pytest.mark.parametrize(("label", "names"), [(1, None), ("opacity", ["normal", "opacity"])])
+def test_samples_of_a_model_of_one_class_get_its_label(model_path, tmp_path, label, names):
+    run("inference", tmp_path, model_path, seeds="0-2", label=label, label_names=names)
 
     assert [item["label"] for item in load_datalist(tmp_path / "datalist.json", "training")] == [label] * 3
 

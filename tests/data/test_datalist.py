@@ -21,6 +21,7 @@ from medgen.data import (
     items_from_folder,
     load_classes,
     load_datalist,
+    readable_items,
     reader,
     select_label,
     split_by_patient,
@@ -512,3 +513,18 @@ def test_few_items_of_a_long_list_reach_its_end():
     taken = [item["image"] for item in evenly([{"image": place} for place in range(3999)], 2000)]
     assert len(set(taken)) == 2000
     assert taken[-1] >= 3996
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_images_of_a_datalist_are_left_out_and_known_ones_not_read(tmp_path, num_workers):
+    (tmp_path / "sub").mkdir()
+    items = [{"image": str(tmp_path / name), "patient": name} for name in ("a.png", "sub/b.png", "c.png")]
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(items[0]["image"])
+    for item in items[1:]:
+        Path(item["image"]).write_bytes(b"no picture")
+    found = readable_items(items, tmp_path, tmp_path / "rejected.csv", num_workers, lambda item: item is items[2])
+    assert found == [items[0], items[2]]
+    with open(tmp_path / "rejected.csv", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["sub/b.png"]
+    with pytest.raises(UserError, match="none of the 2 images of the datalist can be read"):
+        readable_items(items[1:], tmp_path, tmp_path / "rejected.csv", num_workers)

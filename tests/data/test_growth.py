@@ -73,6 +73,21 @@ def test_levels_show_their_images_when_stepped_by_batches():
     assert short.total_images <= images_seen < short.total_images + 4
 
 
+@pytest.mark.parametrize("batch_sizes", [[6, 4, 2], [10, 10, 10], [7, 9, 1]])
+def test_no_level_and_no_fade_as_long_as_the_batch_before_is_skipped(batch_sizes):
+    first, second, _ = batch_sizes
+    for images in range(1, 30):
+        schedule = replace(
+            SMALL, batch_sizes=batch_sizes, images=[images, first + 1, second], fade_images=[0, first, second]
+        )
+        images_seen, phases = 0, set()
+        while images_seen < schedule.total_images:
+            stage = schedule.at(images_seen)
+            phases.add(stage.phase)
+            images_seen += stage.batch_size
+        assert {0, 1, 3} <= phases
+
+
 def test_alpha_rises_evenly_within_a_level_and_phases_never_go_back():
     stages = [SMALL.at(images) for images in range(100)]
     assert [stage.alpha for stage in stages[20:30]] == pytest.approx([i / 10 for i in range(10)])
@@ -122,6 +137,9 @@ def test_schedule_can_be_copied_and_recorded():
         ({"lrs": [0.1, float("nan"), 0.1]}, r"lrs must be numbers above 0, got nan"),
         ({"fade_images": [5, 10, 10]}, r"fade_images must begin with 0, .*got 5; set --fade_images"),
         ({"fade_images": [0, -1, 10]}, r"fade_images must be whole numbers of at least 0, got -1"),
+        ({"images": [20, 5, 40], "fade_images": [0, 0, 40]}, r"images .* batch of the level before, 6, got 5 at 8"),
+        ({"fade_images": [0, 5, 40]}, r"fade_images must be at least the batch of the level before, 6, got 5 at 8×8"),
+        ({"fade_images": [0, 10, 3]}, r"got 3 at 16×16: .*; raise --fade_images or lower --batch_sizes"),
         ({"fade_images": [0, 31, 10]}, r"fade_images must not exceed images, got 31 of 30 at 8×8; lower --fade_images"),
     ],
 )

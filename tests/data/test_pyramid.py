@@ -135,7 +135,7 @@ def test_file_of_what_is_in_it_stands_beside_the_levels(tmp_path):
     items = make_items(tmp_path, labels=True)
     pyramid = ImagePyramid(items, READ, 16, 1, tmp_path / "cache")
     content = json.loads((pyramid.folder / "pyramid.json").read_text())
-    assert [(path, label) for path, _, _, label in content["images"]] == [(i["image"], i["label"]) for i in items]
+    assert [path for path, _, _ in content["images"]] == [item["image"] for item in items]
     assert {path.name for path in pyramid.folder.iterdir()} == {
         ".lock",
         "0004.npy",
@@ -162,13 +162,23 @@ def test_whatever_decides_the_levels_makes_a_folder_of_its_own(tmp_path):
         return ImagePyramid(data, transform, size, 1, tmp_path / "cache").folder
 
     resized = Compose([LOAD, ResizeShorterSided("image", size=8)])
-    folders = [folder(), folder(items[::-1]), folder(transform=resized, size=8), folder([{**items[0], "label": 2}])]
+    folders = [folder(), folder(items[::-1]), folder(transform=resized, size=8), folder(items[:1])]
     Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(items[0]["image"])
     folders.append(folder())
     os.utime(items[0]["image"], ns=(0, 0))
     folders.append(folder())
     assert len(set(folders)) == 6
     assert (ImagePyramid(items, READ, 16, 1, tmp_path / "cache").read([0], 16) == 0).all()
+
+
+def test_other_labels_take_the_same_folder(tmp_path):
+    items = make_items(tmp_path, labels=True)
+    first = ImagePyramid(items, counted(tmp_path), 16, 1, tmp_path / "cache")
+    relabelled = [{**item, "label": 5} for item in items]
+    second = ImagePyramid(relabelled, counted(tmp_path), 16, 1, tmp_path / "cache")
+    assert second.folder == first.folder
+    assert len(decoded(tmp_path)) == 10
+    assert (first.labels.tolist(), second.labels.tolist()) == ([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], [5] * 10)
 
 
 def test_relative_and_absolute_paths_name_the_same_images(tmp_path, monkeypatch):
@@ -245,8 +255,8 @@ def test_images_that_failed_and_no_others_are_decoded_again(tmp_path, monkeypatc
         module,
         "_fingerprints",
         lambda *a, original=module._fingerprints: [
-            [p, status.st_size, status.st_mtime_ns, label] if p == str(broken) else [p, size, time_, label]
-            for p, size, time_, label in original(*a)
+            [p, status.st_size, status.st_mtime_ns] if p == str(broken) else [p, size, time_]
+            for p, size, time_ in original(*a)
         ],
     )
     broken.write_bytes(whole)
@@ -502,7 +512,7 @@ def test_no_thread_outlives_its_iterator(tmp_path):
     ("change", "processes", "message"),
     [
         ({"resolutions": [8, 16, 32]}, 1, r"resolutions must be among 4, 8, 16, got 32; set image_size"),
-        ({"batch_sizes": [12, 6, 4]}, 1, r"takes 12 images at 4×4, the training split holds 10; lower --batch_sizes"),
+        ({"batch_sizes": [8, 6, 12]}, 1, r"takes 12 images at 16×16, the training split holds 10; lower --batch_sizes"),
         ({"batch_sizes": [8, 6, 3]}, 2, r"batch of 3 images at 16×16 cannot be shared evenly by 2 processes"),
     ],
 )

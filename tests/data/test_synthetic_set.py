@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medgen.data import SyntheticSet, begin_generation, load_datalist, provenance_line
+from medgen.data import SyntheticSet, begin_generation, load_classes, load_datalist, provenance_line
 from medgen.errors import UserError
 
 
@@ -274,9 +274,9 @@ def test_images_of_other_settings_are_not_joined(tmp_path):
     begin_generation(tmp_path, folder, record, resume=True)
 
 
-@pytest.mark.parametrize("label", [0, 1, "normal"])
-def test_images_of_a_generator_of_one_class_get_its_label(make, tmp_path, label):
-    samples = make([0, 1], label=label)
+@pytest.mark.parametrize(("label", "names"), [(0, None), (1, None), (1, ["a", "b"]), ("b", ["a", "b"])])
+def test_images_of_a_generator_of_one_class_get_its_label(make, tmp_path, label, names):
+    samples = make([0, 1], label=label, label_names=names)
     assert all("label" not in item for item in samples.todo)  # the generator takes none
     samples.begin()
     write(samples)
@@ -285,6 +285,9 @@ def test_images_of_a_generator_of_one_class_get_its_label(make, tmp_path, label)
     items = load_datalist(tmp_path / "out" / "datalist.json", "training")
     assert [item["label"] for item in items] == [label, label]
     assert f"label {label}" in samples.provenance
+    # a training that reads classes takes it as it is
+    classes = load_classes(tmp_path / "out" / "datalist.json", "training", num_classes=2)
+    assert [item["label"] for item in classes] == [1 if label == "b" else label] * 2
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (None, 0), (0, None)])
@@ -304,3 +307,21 @@ def test_a_label_that_is_none_is_refused(make):
     for wrong in (1.5, True, "", [0]):
         with pytest.raises(UserError, match="label must be a whole number or a name, or null"):
             make(label=wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label": "abnormal"}, r"label must be a number, or one of label_names \(none given\), got 'abnormal'"),
+        ({"label": "c", "label_names": ["a", "b"]}, r"one of label_names \(a, b\), got 'c'"),
+        ({"label": 2, "label_names": ["a", "b"]}, "label_names must name the classes 0 to 2, got a, b"),
+        ({"num_classes": 3, "label_names": ["a", "b"]}, "label_names must name the classes 0 to 2, got a, b"),
+        ({"label_names": "ab"}, "label_names must be a list of names, or null, got 'ab'"),
+        ({"label_names": []}, r"label_names must be a list of names, or null, got \[\]"),
+        ({"label_names": ["a", 1]}, "label_names must be a list of names"),
+    ],
+)
+def test_a_name_that_no_training_would_know_is_refused(make, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        make(**settings)
+    assert "\n" not in str(error.value)

@@ -119,6 +119,24 @@ def test_each_class_is_measured_alone_too(tmp_path, caplog):
     assert not any(name.endswith("_class2") for name in found)
 
 
+def test_pixels_are_held_once(tmp_path):
+    seen = []
+
+    class Watching(GeneratorMetrics):
+        def show(self, sets, places):
+            seen.append((sets, dict(self._pixels)))
+
+        def diversity(self, sets):
+            seen.append((sets, dict(self._pixels)))
+            return {}
+
+    measure(Watching(tmp_path / "picture.png"), textures(6, 64, 0), textures(6, 64, 1))
+
+    (shown, _), (compared, _) = seen
+    assert all(compared[role].pixels is of.pixels for role, of in shown.items())
+    assert [left for _, left in seen] == [{}, {}]  # of the single images none is left beside them
+
+
 def test_halves_share_no_patient(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = measure(GeneratorMetrics(tmp_path / "p.png"), textures(6, 16, 0), textures(6, 16, 1), list("aabbcc"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 
 import numpy as np
@@ -81,12 +82,15 @@ def test_larger_mask_of_the_same_ratio_is_brought_to_the_images_size(target, tmp
     assert mask.sum() == 15 * 20
 
 
-def test_grey_edges_of_a_jpeg_are_cut_at_half(target, tmp_path):
-    mask = save_mask(tmp_path / "masks" / "a.jpg", (5, 25), (10, 40))
-    assert len(np.unique(Image.open(tmp_path / "masks" / "a.jpg"))) > 16
+@pytest.mark.parametrize("quality", [75, 90, 95, 98, 100])
+def test_grey_edges_and_noise_of_a_jpeg_are_cut_at_half(target, tmp_path, quality):
+    row, column = np.mgrid[:40, :60]
+    mask = (row - 20) ** 2 + (column - 30) ** 2 < 200
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "masks" / "a.jpg", quality=quality)
     call(target, tmp_path / "masks")
     written = np.asarray(Image.open(target / "masks" / "a.png")) > 0
-    assert (written != mask).mean() < 0.01
+    np.testing.assert_array_equal(written, mask)
 
 
 def test_masks_that_cannot_be_used_are_named(target, tmp_path):
@@ -120,7 +124,7 @@ def test_images_of_a_list_are_left_out(target, tmp_path, capsys):
     [
         (["z.png"], "", "no image has a mask"),
         (["a.png"], "_lung", r"expected masks (*_lung.png and the like)"),
-        (["a.png", "sub/a.png"], "", "two masks below"),
+        (["x/a.png", "sub/a.png"], "", "no image has a mask"),
     ],
 )
 def test_mistakes_are_one_line(target, tmp_path, capsys, names, postfix, message):
@@ -129,4 +133,110 @@ def test_mistakes_are_one_line(target, tmp_path, capsys, names, postfix, message
     assert call(target, tmp_path / "masks", postfix=postfix) == 1
     error = capsys.readouterr().err
     assert message in error
+    assert error.count("\n") == 1
+
+
+def of_images(folder, **images):
+    """A target with these images (name -> path), each another patient."""
+    for number, path in enumerate(images.values()):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(1, 255, (40, 60), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / path)
+    items = [{"image": path, "patient": name} for name, path in images.items()]
+    write_datalist(folder / "datalist.json", "some", "X-ray", {"training": items})
+    return folder
+
+
+def masks_of(folder):
+    items = json.loads((folder / "datalist_masks.json").read_text())["training"]
+    return {item["image"]: np.asarray(Image.open(folder / item["mask"])) > 0 for item in items}
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [("a.png", "b.png"), ("images/a.png", "a2/b.png"), ("x/a.png", "images/y/b.png")],
+)
+def test_each_image_has_a_mask_of_its_own_wherever_it_lies(tmp_path, paths):
+    target = of_images(tmp_path / "target", a=paths[0], b=paths[1])
+    expected = [save_mask(tmp_path / "masks" / f"{n}.png", (5, 20), (10 * k, 30)) for k, n in enumerate("ab")]
+    assert call(target, tmp_path / "masks") == 0
+    found = masks_of(target)
+    for path, mask in zip(paths, expected, strict=True):
+        np.testing.assert_array_equal(found[path], mask)
+
+
+def test_images_that_differ_in_their_suffix_do_not_share_a_mask_file(tmp_path):
+    target = of_images(tmp_path / "target", a="images/a.png", b="images/a.bmp")
+    save_mask(tmp_path / "masks" / "a.png", (5, 20), (10, 30))
+    assert call(target, tmp_path / "masks") == 0  # one picture in two formats
+    items = json.loads((target / "datalist_masks.json").read_text())["training"]
+    assert [item["mask"] for item in items] == ["masks/a.png.png", "masks/a.bmp.png"]
+
+
+def test_mask_never_replaces_an_image(tmp_path, capsys):
+    target = of_images(tmp_path / "target", a="images/a.png")
+    content = json.loads((target / "datalist.json").read_text())
+    content["training"][0]["image"] = "x/../images/a.png"
+    (target / "x").mkdir()
+    (target / "datalist.json").write_text(json.dumps(content))
+    before = (target / "images" / "a.png").read_bytes()
+    save_mask(tmp_path / "masks" / "a.png", (5, 20), (10, 30))
+    assert call(target, tmp_path / "masks") == 0
+    assert (target / "images" / "a.png").read_bytes() == before
+    assert list(masks_of(target)) == ["x/../images/a.png"]
+
+    target = of_images(tmp_path / "other", a="images/a.png", b="masks/a.png")
+    assert call(target, tmp_path / "masks") == 1
+    assert "the mask of images/a.png would lie where an image is, masks/a.png" in capsys.readouterr().err
+
+
+def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    target = of_images(tmp_path / "target", a="images/p1/1.png", b="images/p2/1.png")
+    first = save_mask(tmp_path / "masks" / "p1" / "1.png", (5, 20), (10, 30))
+    assert call(target, tmp_path / "masks") == 3
+    assert list(masks_of(target)) == ["images/p1/1.png"]
+    reason = "2 images are named 1: their masks must lie in folders as theirs, p2/1"
+    assert rejected(target) == {"images/p2/1.png": reason}
+
+    second = save_mask(tmp_path / "masks" / "p2" / "1.png", (1, 9), (1, 9))
+    assert call(target, tmp_path / "masks") == 0
+    found = masks_of(target)
+    np.testing.assert_array_equal(found["images/p1/1.png"], first)
+    np.testing.assert_array_equal(found["images/p2/1.png"], second)
+
+
+def test_image_with_two_masks_of_its_name_is_rejected(target, tmp_path):
+    for name in ("a.png", "a.bmp", "c.png"):
+        save_mask(tmp_path / "masks" / name, (5, 20), (10, 30))
+    assert call(target, tmp_path / "masks") == 3
+    assert rejected(target)["images/a.png"].startswith("2 masks have its name, ")
+
+
+@pytest.mark.parametrize("cut", [4, 400])
+def test_unreadable_image_is_rejected_and_the_rest_goes_on(target, tmp_path, cut):
+    for name in ("a", "b", "c"):
+        save_mask(tmp_path / "masks" / f"{name}.png", (5, 20), (10, 30))
+    image = target / "images" / "a.png"
+    image.write_bytes(image.read_bytes()[:cut])  # no header, or one that promises more than there is
+    assert call(target, tmp_path / "masks") == 3
+    assert list(rejected(target)) == ["images/a.png"]
+    assert list(masks_of(target)) == ["images/sub/b.png"]
+
+
+def test_unreadable_mask_is_named(target, tmp_path):
+    save_mask(tmp_path / "masks" / "c.png", (5, 20), (10, 30))
+    (tmp_path / "masks" / "a.png").write_bytes(b"nothing")
+    assert call(target, tmp_path / "masks") == 3
+    assert rejected(target)["images/a.png"].startswith("the mask a.png: ")
+
+
+def test_full_disk_is_one_line(target, tmp_path, monkeypatch, capsys):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_mask(tmp_path / "masks" / "a.png", (5, 20), (10, 30))
+    monkeypatch.setattr("preprocessing.masks.atomic_file", full)
+    assert call(target, tmp_path / "masks") == 1
+    error = capsys.readouterr().err
+    assert "cannot be written (No space left on device); mend that" in error
     assert error.count("\n") == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medgen.transforms import draw_outlines
-from medgen.transforms.outline import BOX, SMALLEST_PICTURE
+from medgen.transforms.outline import BOX, LARGEST_PICTURE, SMALLEST_PICTURE
 
 RED = (255, 0, 0)
 
@@ -57,3 +57,17 @@ def test_box_lies_on_its_first_and_last_pixels():
     points = coloured(draw_outlines(np.zeros((1, 256, 300)), {}, box=(10, 20, 110, 220)), BOX)
     assert tuple(points.min(axis=0)) == (10, 20)
     assert tuple(points.max(axis=0)) == (109, 219)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1024, 768), (200, 400), (40, 2000)])
+def test_large_image_is_reduced_with_its_outline_and_box(height, width):
+    mask = rectangle((height, width), (height // 4, height // 2), (width // 4, width // 2))
+    picture = draw_outlines(np.zeros((1, height, width)), {RED: mask})
+    scale = min(1, LARGEST_PICTURE / max(height, width))
+    assert picture.shape == (round(height * scale), round(width * scale), 3)
+    corners = scale * np.array([[height // 4, width // 4], [height // 2, width // 2]])
+    points = coloured(picture, RED)
+    np.testing.assert_allclose([points.min(axis=0), points.max(axis=0)], corners, atol=2)
+    boxed = draw_outlines(np.zeros((1, height, width)), {}, (height // 4, width // 4, height // 2, width // 2))
+    points = coloured(boxed, BOX)
+    np.testing.assert_allclose([points.min(axis=0), points.max(axis=0) + 1], corners, atol=2)

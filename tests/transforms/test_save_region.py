@@ -12,8 +12,9 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from medgen.data import load_datalist
+from medgen.data.datalist import write_rejected
 from medgen.errors import UserError
-from medgen.transforms import SaveRegiond, bounding_box
+from medgen.transforms import InBackground, SaveRegiond, bounding_box
 
 
 def mask_of(shape, *rectangles) -> np.ndarray:
@@ -48,15 +49,14 @@ def data(tmp_path):
         pixels = np.random.default_rng(number).integers(0, 255, (100, 120), dtype=np.uint8)
         Image.fromarray(pixels).save(file)
     torch.save({}, tmp_path / "model.pt")
+    write_rejected(tmp_path / "out" / "rejected.csv", {})  # as the check of the images leaves it
     return [{"image": str(file), "patient": file.stem, "label": 3} for file in files]
 
 
 def saver(tmp_path, data, **kwargs) -> SaveRegiond:
     given = {"settings": {"threshold": 0.5}, "margin": 0.1, "min_area": 0.05, **kwargs}
-    inputs = [item["image"] for item in data]
-    return SaveRegiond(
-        tmp_path / "out", model_path=tmp_path / "model.pt", data_root=tmp_path / "data", inputs=inputs, **given
-    )
+    given = {"model_path": tmp_path / "model.pt", "data_root": tmp_path / "data", **given}
+    return SaveRegiond(tmp_path / "out", inputs=[item["image"] for item in data], **given)
 
 
 def found(item, mask, uncertainty=None):
@@ -99,6 +99,31 @@ def test_results_of_a_run(tmp_path, data, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("2 images: 1 boxes")
     assert "no lung found in 1" in last
+
+
+def test_datalist_keeps_the_masks_of_anomalies(tmp_path, data):
+    items = [{**data[0], "anomaly_mask": data[1]["image"]}, {**data[1], "anomaly_mask": None}]
+    results = saver(tmp_path, items)
+    for item in items:
+        results(found(item, np.ones((100, 120), dtype=bool)))
+    results.finish(items, tmp_path / "out" / "rejected.csv")
+    first, second = load_datalist(tmp_path / "out" / "datalist.json", "test", tmp_path)
+    assert first["anomaly_mask"] == data[1]["image"]
+    assert second["anomaly_mask"] is None
+
+
+def test_results_can_be_written_in_threads(tmp_path, data):
+    mask = mask_of((100, 120), (10, 20, 60, 100))
+    for folder, workers in (("one", 0), ("three", 3)):
+        results = saver(tmp_path / folder, data, data_root=tmp_path / "data", model_path=tmp_path / "model.pt")
+        writer = InBackground(results, workers)
+        for item in data:
+            writer(found(item, mask, uncertainty=0.25))
+        writer.finish()
+    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*") if path.name != "model.pt"]
+    assert len(names) == 2 * 4
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
 
 
 def test_mask_of_an_unsymmetrical_image_is_neither_mirrored_nor_transposed(tmp_path, data):
@@ -160,13 +185,11 @@ def test_results_of_other_weights_or_another_image_are_refused(tmp_path, data):
         saver(tmp_path, data).is_finished(data[0])
 
 
-def test_rows_of_unreadable_files_stay_and_stale_ones_go(tmp_path, data):
+def test_rows_of_unreadable_files_stay(tmp_path, data):
     results = saver(tmp_path, data)
     results(found(data[0], np.zeros((100, 120), dtype=bool)))
     rejected = tmp_path / "out" / "rejected.csv"
     rejected.write_text("file,reason\nbroken.png,truncated\n")
-    results.finish(data[:1], rejected, keep_rejected=True)
-    assert [row["file"] for row in table(rejected)] == ["broken.png", "a.png"]
     results.finish(data[:1], rejected)
-    assert [row["file"] for row in table(rejected)] == ["a.png"]
+    assert [row["file"] for row in table(rejected)] == ["broken.png", "a.png"]
     assert json.loads((tmp_path / "out" / "datalist.json").read_text())["test"] == []

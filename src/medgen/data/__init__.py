@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "items_from_folder",
             "load_classes",
             "load_datalist",
+            "readable_items",
             "select_label",
             "split_by_patient",
             "validate_datalist",

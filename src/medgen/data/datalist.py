@@ -12,7 +12,7 @@ import os
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "load_datalist",
     "natural_key",
     "printable",
+    "readable_items",
     "select_label",
     "split_by_patient",
     "validate_datalist",
@@ -199,19 +200,23 @@ class _FrameCounts:
             return 0, f"{type(error).__name__}: {one_line(error)}"
 
 
-def _readable(folder: str | os.PathLike, files: list[str], rejected: str | os.PathLike, num_workers: int) -> list[str]:
-    """The files whose first frame can be read; the others, and those with more frames, go to the CSV."""
+def _checked(paths: Sequence[str], num_workers: int) -> Iterable[tuple[int, str]]:
+    """The number of frames of each file and, if that is 0, the reason."""
     # here, since whoever imports this module does not want to wait for torch
     import torch
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    paths = [os.path.join(folder, file) for file in files]
     # Processes, since the reader silences its decoders through filters of warnings, which threads share. A generator
     # of their own, since a DataLoader draws from torch's: the check must not change what a seed gives.
     loader = DataLoader(_FrameCounts(paths), batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    return tqdm(loader, desc="checking", unit="file", leave=False, disable=None)
+
+
+def _readable(folder: str | os.PathLike, files: list[str], rejected: str | os.PathLike, num_workers: int) -> list[str]:
+    """The files whose first frame can be read; the others, and those with more frames, go to the CSV."""
     rows, used, several = {}, [], 0
-    checked = tqdm(loader, desc="checking", unit="file", leave=False, disable=None)
+    checked = _checked([os.path.join(folder, file) for file in files], num_workers)
     for file, (count, reason) in zip(files, checked, strict=True):
         if count:
             used.append(file)
@@ -229,6 +234,37 @@ def _readable(folder: str | os.PathLike, files: list[str], rejected: str | os.Pa
         f"are left out; reasons: {rejected}",
         flush=True,
     )
+    return used
+
+
+def readable_items(
+    items: Sequence[Item],
+    data_root: str | os.PathLike,
+    rejected: str | os.PathLike,
+    num_workers: int = 0,
+    is_known: Callable[[Item], bool] = lambda item: False,
+) -> list[Item]:
+    """The items of a datalist whose image can be read; the others go to a CSV, and the work on the rest goes on.
+
+    Args:
+        items: with full paths.
+        data_root: folder that the CSV's paths start from.
+        rejected: CSV to write (``file, reason``).
+        num_workers: processes that read; 0 reads in this one.
+        is_known: whether an item need not be read, such as one that is finished.
+
+    Returns:
+        The items, in their order.
+
+    Raises:
+        UserError: no image can be read, or ``rejected`` cannot be written.
+    """
+    todo = [item["image"] for item in items if not is_known(item)]
+    reasons = {path: why for path, (count, why) in zip(todo, _checked(todo, num_workers), strict=True) if not count}
+    write_rejected(rejected, {Path(os.path.relpath(path, data_root)).as_posix(): why for path, why in reasons.items()})
+    used = [item for item in items if item["image"] not in reasons]
+    if not used:
+        raise UserError(f"none of the {len(items)} images of the datalist can be read; see {rejected}")
     return used
 
 

@@ -50,8 +50,8 @@ class GrowthSchedule:
         resolutions: sides of the images in pixels; powers of two from 4 on, each twice the one before.
         batch_sizes: images in a step, of all processes together.
         lrs: learning rates.
-        images: images shown at a level in all, its fading in included.
-        fade_images: how many of them while it fades in; 0 for the first.
+        images: images shown at a level in all, its fading in included; at least the batch of the level before.
+        fade_images: how many of them while it fades in, at least such a batch or 0; 0 for the first.
 
     Raises:
         UserError: the lists differ in length, or a setting is out of range.
@@ -102,6 +102,17 @@ class GrowthSchedule:
                     f"fade_images must not exceed images, got {fade} of {images} at {resolution}×{resolution}; lower "
                     "--fade_images or raise --images"
                 )
+        for level in range(1, len(self.resolutions)):
+            # the step that ends a level takes up to a batch from the next one, of which something must be left
+            batch_size = self.batch_sizes[level - 1]
+            for name in ("images", "fade_images"):
+                count = getattr(self, name)[level]
+                if count < batch_size and (count or name == "images"):
+                    raise UserError(
+                        f"{name} must be at least the batch of the level before, {batch_size}, got {count} at "
+                        f"{self.resolutions[level]}×{self.resolutions[level]}: a step would skip them; raise --{name} "
+                        "or lower --batch_sizes"
+                    )
         object.__setattr__(self, "_starts", (0, *accumulate(self.images)))
 
     @property

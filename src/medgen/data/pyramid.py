@@ -50,7 +50,7 @@ class ImagePyramid:
     itself, ties to even (as the official progressive GAN prepares its data). A level is one memory-mapped array:
 
     - ``0004.npy``, ``0008.npy``, …: (N, C, R, R) uint8, in the order of the data;
-    - ``pyramid.json``: the images with size, time and label; written last, so that a pyramid counts once it is whole;
+    - ``pyramid.json``: the images with size and time; written last, so that a pyramid counts once it is whole;
     - ``done.npy``: (N,) bool, which images a build that is under way, or was killed, has done;
     - ``.lock``: locked as long as a process builds; the system unlocks it when that process ends.
 
@@ -171,7 +171,7 @@ class ImagePyramid:
             "image_size": self.resolutions[-1],
             "channels": self._channels,
             "transform": transform_digest(transform),
-            "images": _fingerprints(data, self.labels),
+            "images": _fingerprints(data),
         }
         content = json.dumps(header)
         folder = cache_dir / hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -305,17 +305,16 @@ def _check_not_random(transform: Transform) -> None:
         )
 
 
-def _fingerprints(data: Sequence[Mapping[str, Any]], labels: np.ndarray | None) -> list[list[Any]]:
-    """Path, size, time and label of every image."""
+def _fingerprints(data: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Path, size and time of every image."""
     rows = []
-    for number, item in enumerate(data):
+    for item in data:
         path = os.path.abspath(item["image"])
         try:
             status = os.stat(path)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); mend the datalist or dataset_dir") from error
-        label = None if labels is None else int(labels[number])
-        rows.append([path, status.st_size, status.st_mtime_ns, label])
+        rows.append([path, status.st_size, status.st_mtime_ns])
     return rows
 
 

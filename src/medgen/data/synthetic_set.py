@@ -95,6 +95,24 @@ def _check_same(folder: str | os.PathLike[str], before: Mapping[str, Any], recor
             )
 
 
+def _checked_names(label: int | str | None, names: Sequence[str] | None, num_classes: int) -> list[str]:
+    """The names of the classes, among which is that of all images, where it is a name."""
+    if names is not None and (
+        not isinstance(names, list | tuple) or not names or not all(name and isinstance(name, str) for name in names)
+    ):
+        raise UserError(f"label_names must be a list of names, or null, got {names!r}; set --label_names \"['a','b']\"")
+    names = list(names or [])
+    if isinstance(label, str) and label not in names:
+        raise UserError(
+            f"label must be a number, or one of label_names ({', '.join(names) or 'none given'}), got {label!r}; "
+            "trainings know a name only by them"
+        )
+    classes = num_classes or (label + 1 if isinstance(label, int) else 0)
+    if names and len(names) < classes:
+        raise UserError(f"label_names must name the classes 0 to {classes - 1}, got {', '.join(names)}; name them all")
+    return names
+
+
 class SyntheticSet:
     """Images generated from seeds, and from prompts, below ``output_dir``.
 
@@ -123,12 +141,14 @@ class SyntheticSet:
         grid_images: most images in the grid.
         prompts: each is made with every seed; none for a network without.
         formats: of ``file_format``, those that the caller writes; ``png16`` is a PNG of 16 bits.
-        label: class of all images in the datalist, a number or a name, of a generator that was trained on one class
-            alone and has none of its own; None for none.
+        label: class of all images in the datalist, of a generator that was trained on one class alone and has none of
+            its own: a number, as the real images have it, so that both can be put into one datalist; or one of
+            ``label_names``. None for none.
+        label_names: names of the classes 0, 1, ..., as the datalist of the real images has them; none by default.
 
     Raises:
-        UserError: an unknown format, a label beside a generator's own classes, or a folder that holds samples already,
-            or samples of other settings.
+        UserError: an unknown format, a label beside a generator's own classes or that is none of the classes named, or
+            a folder that holds samples already, or samples of other settings.
     """
 
     def __init__(
@@ -148,6 +168,7 @@ class SyntheticSet:
         prompts: Sequence[str] = (),
         formats: Sequence[str] = ("png", "dicom"),
         label: int | str | None = None,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         check_format(file_format, formats)
         if label is not None and num_classes:
@@ -162,7 +183,7 @@ class SyntheticSet:
         self.suffix = SUFFIXES[file_format]
         self._settings = {**settings, "class_index": class_index, "file_format": file_format}
         self.num_classes, self.class_index, self.prompts = num_classes, class_index, list(prompts)
-        self.label = label
+        self.label, self.label_names = label, _checked_names(label, label_names, num_classes)
         self.items = self._items(dict.fromkeys(seeds))
         there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         there = {file for file in there if file.endswith(tuple(SUFFIXES.values())) and not file.startswith(".")}
@@ -278,6 +299,7 @@ class SyntheticSet:
             self.modality,
             {"training": items},
             generation=self.record,
+            **({"label_names": self.label_names} if self.label_names else {}),
         )
         self._write_grid([self.output_dir / item["image"] for item in items[: self.grid_images]])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -99,14 +98,14 @@ def growth_schedule(
     Raises:
         UserError: settings that make no schedule.
     """
-    schedule = GrowthSchedule(resolutions, batch_sizes, lrs, images, fade_images)
-    if batch_size is None:
-        return schedule
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"batch_size must be a whole number of at least 1, or null, got {batch_size!r}")
-    # by torchrun's variable: a config asks before the processes have found each other
-    most = batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-    return dataclasses.replace(schedule, batch_sizes=[min(size, most) for size in schedule.batch_sizes])
+    if batch_size is not None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size must be a whole number of at least 1, or null, got {batch_size!r}")
+        # by torchrun's variable: a config asks before the processes have found each other
+        most = batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        if isinstance(batch_sizes, Sequence):  # otherwise the schedule says what it must be
+            batch_sizes = [min(size, most) if isinstance(size, int) else size for size in batch_sizes]
+    return GrowthSchedule(resolutions, batch_sizes, lrs, images, fade_images)
 
 
 def _check_groups(schedule: GrowthSchedule, group_size: int | None) -> None:

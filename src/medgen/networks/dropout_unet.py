@@ -58,7 +58,8 @@ Dropout.add_factory_callable("gaussian", lambda dim: GaussianDropout)
 class DropoutUNet(nn.Module):
     """U-Net (Ronneberger et al. 2015) with Gaussian dropout after each pair of convolution and ReLU.
 
-    Two 3×3 convolutions a level, each followed by instance normalisation, ReLU and dropout; 2×2 max pooling down, 2×2
+    Two 3×3 convolutions a level, each followed by instance normalisation without gain and shift (MONAI's plain
+    ``INSTANCE``), ReLU and dropout; 2×2 max pooling down, 2×2
     transposed convolution up; a 1×1 convolution to the logits, which no dropout follows.
 
     Args:
@@ -93,7 +94,7 @@ class DropoutUNet(nn.Module):
                         act="RELU",
                         norm="INSTANCE",
                         dropout=("gaussian", {"p": dropout}),
-                        bias=False,  # the normalisation takes it out
+                        bias=False,  # the normalisation would take it out, and adds none of its own
                     )
                     for before in (in_width, width)
                 )
@@ -130,7 +131,8 @@ class DropoutUNet(nn.Module):
         """Dropout stays on at evaluation inside this context, with noise of each image's own seed.
 
         One forward pass with it on is one sample of Monte Carlo dropout (Gal and Ghahramani 2016). What an image gets
-        is a function of its seed, whatever else is in the batch and on every device.
+        is a function of its seed and of the kind of device, whatever else is in the batch: a GPU draws other numbers
+        than a CPU.
 
         Args:
             seeds: one an image of the batches that are passed through.
@@ -138,15 +140,17 @@ class DropoutUNet(nn.Module):
         Yields:
             Nothing.
         """
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        # where the network is: PyTorch draws on one core of the CPU, and a GPU would wait for that most of the time
+        device = self.head.weight.device
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
         def with_noise(module: GaussianDropout, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             (x,) = args
             if len(x) != len(generators):
                 raise ValueError(f"expected a seed for each of {len(x)} images, got {len(generators)}")
-            # in the layers' order from one stream an image; on the CPU, whose numbers are the same everywhere
-            noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in generators])
-            return x * (1 + module.std * noise.to(x))
+            # in the layers' order from one stream an image
+            draws = [torch.randn(x.shape[1:], generator=generator, device=device) for generator in generators]
+            return x * (1 + module.std * torch.stack(draws).to(x))
 
         layers = [module for module in self.modules() if isinstance(module, GaussianDropout) and module.std > 0]
         hooks = [layer.register_forward_hook(with_noise) for layer in layers]

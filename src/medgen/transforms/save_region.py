@@ -18,7 +18,7 @@ import numpy as np
 from monai.transforms import MapTransform
 from monai.utils import TransformBackends, convert_to_numpy
 
-from medgen.data.datalist import printable, write_datalist, write_rejected
+from medgen.data.datalist import PATH_FIELDS, printable, write_datalist, write_rejected
 from medgen.data.image_set import file_sha256
 from medgen.data.synthetic_set import weights_sha256
 from medgen.errors import UserError
@@ -129,6 +129,10 @@ class SaveRegiond(MapTransform):
             return None
         return record if isinstance(record, dict) and {"settings", "image_sha256", "box"} <= set(record) else None
 
+    def has_record(self, item: Mapping[Hashable, Any]) -> bool:
+        """Whether a datalist's item has a record, of these settings or others."""
+        return self._read(item[self.keys[0]]) is not None
+
     def is_finished(self, item: Mapping[Hashable, Any]) -> bool:
         """Whether the results of a datalist's item are there.
 
@@ -182,21 +186,17 @@ class SaveRegiond(MapTransform):
         self,
         items: Sequence[Mapping[str, Any]],
         rejected: str | PathLike[str],
-        keep_rejected: bool = False,
         split: str = "test",
     ) -> None:
         """Write ``boxes.csv``, ``datalist.json`` and the list of refused images, and print how many there are of each.
 
         Args:
-            items: of the datalist, all of which have a record.
-            rejected: CSV (``file``, ``reason``).
-            keep_rejected: whether the rows that are there stay: those of files that could not be read.
+            items: of the datalist, all of which have a record; paths below ``data_root``.
+            rejected: CSV (``file``, ``reason``) of this run, which has the files that could not be read.
             split: name of the list in the datalist.
         """
-        refused: dict[str, str] = {}
-        if keep_rejected:
-            with open(rejected, newline="", encoding="utf-8") as table:
-                refused = {row["file"]: row["reason"] for row in csv.DictReader(table)}
+        with open(rejected, newline="", encoding="utf-8") as table:
+            refused = {row["file"]: row["reason"] for row in csv.DictReader(table)}
         rows: list[tuple[Any, ...]] = [COLUMNS]
         found = []
         for item in items:
@@ -227,7 +227,14 @@ class SaveRegiond(MapTransform):
         """Write the items with their masks; returns how to name the datalist to a bundle."""
         root = os.path.commonpath([os.path.abspath(folder) for folder in (self.output_dir, self.data_root)])
         items = [
-            {**item, **{key: Path(os.path.relpath(item[key], root)).as_posix() for key in ("image", "mask")}}
+            {
+                **item,
+                **{
+                    key: Path(os.path.relpath(item[key], root)).as_posix()
+                    for key in PATH_FIELDS
+                    if item.get(key) is not None
+                },
+            }
             for item in found
         ]
         datalist = self.output_dir / "datalist.json"
