@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
@@ -16,7 +19,7 @@ import threading
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +56,7 @@ __all__ = [
     "prepare_target",
     "quantise",
     "ranges",
+    "read_table",
     "render",
     "resize",
     "write_png",
@@ -354,6 +358,37 @@ def ranges(numbers: Sequence[int]) -> str:
 def one_line(text: object) -> str:
     """A message without line breaks, short enough for a cell of a table."""
     return " ".join(str(text).split())[:300] or "no reason given"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows of a CSV, plain or zipped, that must have certain columns.
+
+    Args:
+        path: the table, in UTF-8; compressed by gzip or not, whatever its suffix.
+        columns: the ones to read.
+
+    Yields:
+        These columns of each row, without the blanks around a cell.
+
+    Raises:
+        UserError: if it cannot be read or lacks a column.
+    """
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        lacking = [name for name in columns if name not in (rows.fieldnames or ())]
+        if lacking:
+            got = ", ".join(rows.fieldnames or ()) or "an empty file"
+            raise UserError(f"{path} must have the columns {', '.join(columns)}; lacks {', '.join(lacking)}, has {got}")
+        for row in rows:
+            yield {name: (row[name] or "").strip() for name in columns}
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a CSV table ({one_line(error)})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,9 +38,7 @@ Exit codes: 0 all went well; 3 the step is finished, but files were rejected; 1 
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
-import io
 import json
 import math
 import re
@@ -49,7 +47,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -271,22 +269,6 @@ def _is_dicom(file: str) -> bool:
 # create_ids
 
 
-def _read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV, plain or zipped, that must have these columns; cells without the blanks around them."""
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        lacking = [name for name in columns if name not in (rows.fieldnames or ())]
-        if lacking:
-            got = ", ".join(rows.fieldnames or ()) or "an empty file"
-            raise UserError(f"{path} must have the columns {', '.join(columns)}; lacks {', '.join(lacking)}, has {got}")
-        for row in rows:
-            yield {name: (row[name] or "").strip() for name in columns}
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a CSV table ({c.one_line(error)})") from error
-
-
 def read_metadata(path: Path) -> dict[str, Item]:
     """Read ``mimic-cxr-2.0.0-metadata.csv``.
 
@@ -301,7 +283,7 @@ def read_metadata(path: Path) -> dict[str, Item]:
         UserError: if it cannot be read or lacks a column.
     """
     images: dict[str, Item] = {}
-    for row in _read_table(path, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
+    for row in c.read_table(path, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
         patient, study, view = row["subject_id"], row["study_id"], row["ViewPosition"]
         name = f"p{patient[:2]}/p{patient}/s{study}/{row['dicom_id']}"
         images.setdefault(name, {"patient": patient, "study": study, "view": "" if view in NO_VIEW else view})
@@ -324,7 +306,7 @@ def read_chexpert(path: Path) -> dict[str, dict[str, float]]:
     values = {"": None, "1.0": 1.0, "0.0": 0.0, "-1.0": -1.0, "1": 1.0, "0": 0.0, "-1": -1.0}
     studies = {}
     columns = (*FINDINGS, NO_FINDING)
-    for row in _read_table(path, ("study_id", *columns)):
+    for row in c.read_table(path, ("study_id", *columns)):
         wrong = next((name for name in columns if row[name] not in values), None)
         if wrong is not None:
             raise UserError(
@@ -497,7 +479,7 @@ def _made_alike(target: Path, datalist: Path, settings: dict[str, Any]) -> dict[
 def _official_parts(path: Path) -> dict[str, str]:
     """Our name of the split of each image."""
     parts = {}
-    for row in _read_table(path, ("dicom_id", "split")):
+    for row in c.read_table(path, ("dicom_id", "split")):
         if row["split"] not in SPLITS:
             raise UserError(f"{path}: split must be {', '.join(SPLITS)}, got {row['split']!r:.40} ({row['dicom_id']})")
         parts[row["dicom_id"]] = SPLITS[row["split"]]

@@ -20,12 +20,17 @@ square, whatever its shape, as chestXray-PGGAN did; --aspect keep grows it aroun
 moves that where it would leave the image (where the image itself is too small, black fills the square).
 
 Splits are by patient, and all classes are divided alike, by the shares of --split. --preset paper takes instead
-chestXray-PGGAN's numbers of images, 6,268 normal and 6,268 abnormal ones for training, 2,686 and 5,385 for test; what
-is left over is left out. Where a class has fewer, all four numbers shrink alike, so that training stays balanced. The
-paper has no validation: --validation is the share of the training part that becomes it, 0 for none.
+chestXray-PGGAN's numbers of images, 6,268 normal and 6,268 abnormal ones for training, 2,686 and 5,385 for test.
+Training comes first. The paper has no validation; ours, --validation times the training part (0: none), comes from what
+training leaves over, at most half of it, and the test takes the rest up to the paper's number: with the challenge's
+8,851 normal and 17,833 abnormal images 313 and 313 for validation, 2,270 and 5,385 for test. A note says so, and the
+images beyond that are left out. Only where a class has fewer images than training takes do all four numbers shrink
+alike, so that training stays balanced.
 
 TARGET/datalist.json holds all classes; datalist_normal.json, datalist_lung_opacity.json, datalist_not_normal.json and
-datalist_abnormal.json (the last two together, as chestXray-PGGAN has it) one each, with the same splits.
+datalist_abnormal.json (the last two together) one each, with the same splits. chestXray-PGGAN had 11,653 abnormal
+images; which of the 17,833 those were is not known. An image of lung opacity whose opacities all lie outside of the
+crop keeps its class and has no box; the last line counts them.
 
 The same command again goes on where it was interrupted, does what is new or has changed, and writes the datalists anew.
 
@@ -64,7 +69,6 @@ from medgen.data.datalist import (
 from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.errors import UserError
 from preprocessing import _convert as c
-from preprocessing.mimic_cxr import _read_table
 from preprocessing.split import pick_images
 
 __all__ = ["CLASSES", "app", "crop", "organise", "read_boxes", "read_labels", "read_mapping", "split_classes"]
@@ -82,7 +86,7 @@ SIDES = ("top", "left", "bottom", "right")
 SPLITS = ("training", "validation", "test")
 # images for training and for test, normal and abnormal: chestXray-PGGAN, of 8,954 and 11,653
 PRESETS = {"paper": {(0,): (6268, 2686), (1, 2): (6268, 5385)}}
-VALIDATION = 0.05  # of a preset's training part
+VALIDATION = 0.05  # times a preset's training part
 
 Item = dict[str, Any]
 Box = tuple[int, int, int, int]  # top, left, bottom, right
@@ -121,13 +125,13 @@ def read_labels(labels: Path, classes: Path) -> tuple[dict[str, Item], dict[str,
         UserError: if a table cannot be read or lacks a column.
     """
     kinds: dict[str, set[str]] = defaultdict(set)
-    for row in _read_table(classes, ("patientId", "class")):
+    for row in c.read_table(classes, ("patientId", "class")):
         kinds[row["patientId"]].add(row["class"])
     targets: dict[str, set[str]] = defaultdict(set)
     boxes: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     wrong: dict[str, str] = {}
     sides = ("x", "y", "width", "height")
-    for row in _read_table(labels, ("patientId", *sides, "Target")):
+    for row in c.read_table(labels, ("patientId", *sides, "Target")):
         name, cells = row["patientId"], [row[side] for side in sides]
         targets[name].add(row["Target"])
         if not any(cells):
@@ -190,7 +194,7 @@ def read_mapping(path: Path) -> dict[str, str]:
         UserError: if it cannot be read, or an entry names no patient.
     """
     if path.name.lower().endswith((".csv", ".csv.gz")):
-        entries = list(_read_table(path, MAPPING_COLUMNS))
+        entries = list(c.read_table(path, MAPPING_COLUMNS))
     else:
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
@@ -351,7 +355,7 @@ def read_boxes(path: Path) -> tuple[dict[str, Box], dict[str, str]]:
     """
     boxes: dict[str, Box] = {}
     wrong: dict[str, str] = {}
-    for row in _read_table(path, ("image", *SIDES)):
+    for row in c.read_table(path, ("image", *SIDES)):
         image = posixpath.normpath(row["image"])
         numbers = _numbers([row[side] for side in SIDES])
         if numbers is None or not all(number.is_integer() for number in numbers):
@@ -474,26 +478,34 @@ def split_classes(
 
 
 def _preset_goals(preset: Preset, items: Sequence[Item], validation: float) -> Goals:
-    """Numbers of images of a preset, all made smaller alike where a class has fewer."""
+    """Numbers of images of a preset: training first, then validation, then test.
+
+    All are made smaller alike where a class has fewer images than training takes.
+    """
     numbers = PRESETS[preset]
     there = {labels: sum(item["label"] in labels for item in items) for labels in numbers}
-    scale = min(1.0, *(there[labels] / sum(wanted) for labels, wanted in numbers.items()))
-    if not scale:
+    if not all(there.values()):
         raise UserError(f"--preset {preset} needs normal and abnormal images, got none of one; leave it out")
-    if scale < 1:
-        wanted = " and ".join(f"{sum(pair):,}" for pair in numbers.values())
-        got = " and ".join(f"{count:,}" for count in there.values())
-        print(
-            f"note: --preset {preset} is of {wanted} images (normal, abnormal), here are {got}: its numbers are taken "
-            f"times {scale:.4g}",
-            file=sys.stderr,
-        )
+    scale = 1.0
+    if any(there[labels] < train for labels, (train, _) in numbers.items()):
+        scale = min(there[labels] / sum(wanted) for labels, wanted in numbers.items())
     goals = {}
     for labels, (train, test) in numbers.items():
         learn = max(1, round(train * scale))
-        kept = min(max(1, round(learn * validation)), learn - 1) if validation else 0
-        tested = min(max(1, round(test * scale)), there[labels] - learn)
-        goals[labels] = dict(zip(SPLITS, (learn - kept, kept, tested), strict=True))
+        left = there[labels] - learn
+        kept = min(max(1, round(learn * validation)), left // 2) if validation else 0
+        tested = min(max(1, round(test * scale)), left - kept)
+        goals[labels] = dict(zip(SPLITS, (learn, kept, tested), strict=True))
+    if any((goals[labels]["training"], goals[labels]["test"]) != wanted for labels, wanted in numbers.items()):
+        of_paper = " and ".join(f"{sum(pair):,}" for pair in numbers.values())
+        here = " and ".join(f"{count:,}" for count in there.values())
+        taken = ", ".join(f"{name} {' and '.join(f'{goal[name]:,}' for goal in goals.values())}" for name in SPLITS)
+        smaller = f", the paper's numbers times {scale:.4g}" if scale < 1 else ""
+        print(
+            f"note: --preset {preset} is of {of_paper} images (normal and abnormal), here are {here}: taken for "
+            f"{taken}{smaller}",
+            file=sys.stderr,
+        )
     return goals
 
 
@@ -514,7 +526,9 @@ def crop(
     preset: Annotated[Preset | None, typer.Option(help="Numbers of images instead of --split.")] = None,
     validation: Annotated[
         float | None,
-        typer.Option(min=0, max=0.5, help=f"Share of --preset's training part for validation; default: {VALIDATION}."),
+        typer.Option(
+            min=0, max=0.5, help=f"Validation images, as a share of --preset's training part; default: {VALIDATION}."
+        ),
     ] = None,
     workers: c.Workers = c.DEFAULT_WORKERS,
     seed: c.Seed = 0,
@@ -595,7 +609,11 @@ def crop(
             own = {part: [i for i in members if i["label"] in labels] for part, members in splits.items()}
             write_datalist(target / f"datalist_{name}.json", f"{NAME}, {name}", MODALITY, own, **extra)
             print(f"datalist_{name}.json: " + ", ".join(f"{part} {len(members)}" for part, members in own.items()))
-    return c.finish(target, NAME, MODALITY, splits, rejected, **extra)
+    code = c.finish(target, NAME, MODALITY, splits, rejected, **extra)
+    ill = [item for members in splits.values() for item in members if item["label"] == CLASSES.index(OPACITY)]
+    if outside := sum(not item["boxes"] for item in ill):
+        print(f"{outside} of {len(ill)} images of {OPACITY} have no box: their opacities lie outside of the crop")
+    return code
 
 
 app = typer.Typer(

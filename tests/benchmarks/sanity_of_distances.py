@@ -21,7 +21,7 @@ from scipy.ndimage import convolve1d
 from medgen.data.image_set import ImageSet
 from medgen.metrics.memorisation import audit_memorisation
 from medgen.metrics.prdc import PRDC_NAMES
-from medgen.metrics.sliced_wasserstein import pyramid_sides, set_descriptors, sliced_wasserstein
+from medgen.metrics.sliced_wasserstein import REAL, SAMPLES, pyramid_sides, set_descriptors, sliced_wasserstein
 from medgen.report.measure import measure
 from medgen.report.measurements import Distance
 
@@ -150,10 +150,10 @@ def copies(images: ImageSet, count: int) -> None:
 def patches(images: ImageSet, others: list[Path], count: int, image_size: int | None) -> None:
     """Sliced Wasserstein distance of one half of the real images, level by level, from what the first table has."""
 
-    def described(taken: ImageSet, change=lambda pixels, _: pixels) -> np.ndarray:
+    def described(taken: ImageSet, change=lambda pixels, _: pixels, role: int = SAMPLES) -> np.ndarray:
         rng = np.random.default_rng(0)
         changed = [change(np.rint(taken[i][0] * 255).astype(np.uint8), rng) for i in range(len(taken))]
-        return set_descriptors([(pixels[None] / 255).astype(np.float32) for pixels in changed])
+        return set_descriptors([(pixels[None] / 255).astype(np.float32) for pixels in changed], role=role)
 
     found: dict[str, list[np.ndarray]] = {}
     of_others = {}
@@ -165,7 +165,7 @@ def patches(images: ImageSet, others: list[Path], count: int, image_size: int | 
         against = {"the other half": described(half)}
         against["the other half, blurred"] = described(half, blurred)
         against["the other half, noised"] = described(half, noised)
-        real = described(reference)
+        real = described(reference, role=REAL)
         for name, samples in (against | of_others).items():
             found.setdefault(name, []).append(sliced_wasserstein(real, samples, seed=seed))
     sides = pyramid_sides(images[0].shape[-1])

@@ -17,6 +17,8 @@ from medgen.errors import UserError
 from medgen.metrics.distribution import SlicedWassersteinDistance, SlicedWassersteinDistanceMetric
 from medgen.metrics.sliced_wasserstein import (
     PATCHES,
+    REAL,
+    SAMPLES,
     laplacian_pyramid,
     patch_descriptors,
     pyramid_sides,
@@ -92,10 +94,10 @@ def test_descriptors_are_patches_of_their_level(channels):
             assert all(patch.tobytes() in there for patch in found[image, level])
 
 
-def positions(side, places, seed=0):
+def positions(side, places, seed=0, role=REAL):
     """Row and column of every patch: images of 16 pixels and less are their only level."""
     coordinates = np.arange(side * side, dtype=np.float32).reshape(1, 1, side, side)
-    first = patch_descriptors(np.repeat(coordinates, len(places), axis=0), places, seed)[:, 0, :, 0, 0]
+    first = patch_descriptors(np.repeat(coordinates, len(places), axis=0), places, seed, role)[:, 0, :, 0, 0]
     return np.stack([first // side, first % side], axis=-1).astype(int)
 
 
@@ -107,11 +109,12 @@ def test_every_position_is_drawn_equally_often(side, room):
     assert room == 1 or chisquare(counts.ravel()).pvalue > 1e-3
 
 
-def test_positions_follow_from_the_seed_and_the_place_alone():
+def test_positions_follow_from_the_seed_the_role_and_the_place_alone():
     at = positions(16, [3, 7])
     np.testing.assert_array_equal(positions(16, [7])[0], at[1])
     assert not np.array_equal(at[0], at[1])
     assert not np.array_equal(positions(16, [3], seed=1)[0], at[0])
+    assert not np.array_equal(positions(16, [3], role=SAMPLES)[0], at[0])
 
 
 def test_batches_change_no_descriptor():
@@ -130,7 +133,7 @@ def test_batches_change_no_descriptor():
 @pytest.mark.parametrize(("n", "m", "channels"), [(6, 6, 1), (6, 6, 3), (7, 4, 1), (3, 5, 3)])
 def test_distance_is_scipys_along_each_direction_for_sets_of_any_size(n, m, channels):
     real, fake = textures(n, 32, channels), textures(m, 32, channels, sigma=1.5, seed=1)
-    descriptors = set_descriptors(real, 3), set_descriptors(fake, 3)
+    descriptors = set_descriptors(real, 3, REAL), set_descriptors(fake, 3, SAMPLES)
     found = sliced_wasserstein_distance(real, fake, seed=3)
     assert list(found) == [32, 16]
     for level, value in enumerate(found.values()):
@@ -151,22 +154,47 @@ def test_blocks_of_directions_change_nothing(monkeypatch):
     np.testing.assert_allclose(sliced_wasserstein(real, fake), whole, rtol=1e-6)
 
 
-def test_a_set_has_no_distance_to_itself_and_the_distance_is_symmetric():
-    a, b = textures(6), textures(6, sigma=1.5, seed=1)
-    assert sliced_wasserstein_distance(a, a) == {32: 0.0, 16: 0.0}
-    forth, back = sliced_wasserstein_distance(a, b), sliced_wasserstein_distance(b, a)
-    assert forth == pytest.approx(back, rel=1e-6)
-    assert min(forth.values()) > 0
+def test_patches_have_no_distance_to_themselves_and_the_distance_is_symmetric():
+    a, b = set_descriptors(textures(6)), set_descriptors(textures(6, sigma=1.5, seed=1))
+    assert sliced_wasserstein(a, a).tolist() == [0, 0]
+    forth, back = sliced_wasserstein(a, b), sliced_wasserstein(b, a)
+    np.testing.assert_allclose(forth, back, rtol=1e-6)
+    assert forth.min() > 0
+
+
+def anatomy(n, seed):
+    """Images that are much the same at each pixel, as radiographs are."""
+    return 0.5 + 0.5 * textures(1, seed=0) * (0.9 + 0.1 * textures(n, seed=seed))
+
+
+def test_each_set_is_looked_at_in_positions_of_its_own():
+    real, fake = anatomy(30, 1), anatomy(30, 2)
+    # places that the other set does not have are positions that it does not have
+    apart = [
+        sliced_wasserstein(set_descriptors(real), patch_descriptors(fake, range(start, start + 30)))
+        for start in range(100, 220, 30)
+    ]
+
+    found = [list(sliced_wasserstein_distance(real, fake, seed=seed).values()) for seed in range(4)]
+
+    # common positions would give a quarter of it
+    np.testing.assert_allclose(np.mean(found, axis=0), np.mean(apart, axis=0), rtol=0.4)
+
+
+def test_distance_of_a_set_to_itself_falls_with_the_number_of_images():
+    few, many = (sliced_wasserstein_distance(of, of) for of in (textures(10), textures(160)))
+    assert 0 < min(many.values())
+    assert max(many.values()) < 0.5 * min(few.values())
 
 
 def test_brightness_and_contrast_of_a_whole_set_do_not_count():
     a = textures(6)
-    assert max(sliced_wasserstein_distance(a, 0.5 * a + 0.3).values()) < 0.01  # of a thousand
+    assert sliced_wasserstein(set_descriptors(a), set_descriptors(0.5 * a + 0.3)).max() < 0.01  # of a thousand
 
 
 def test_order_of_the_descriptors_changes_nothing_and_that_of_the_images_their_positions_alone():
     a, b = textures(60), textures(60, sigma=1.5, seed=1)
-    real, fake = set_descriptors(a), set_descriptors(b)
+    real, fake = set_descriptors(a), set_descriptors(b, role=SAMPLES)
     value = sliced_wasserstein(real, fake)
     np.testing.assert_allclose(sliced_wasserstein(real[::-1], fake), value, rtol=1e-5)
     assert sliced_wasserstein(set_descriptors(a[::-1]), fake) == pytest.approx(value, rel=0.2)
@@ -192,7 +220,6 @@ def test_flat_images_have_a_finite_distance_and_none_to_each_other():
 @pytest.mark.parametrize("side", [4, 8])
 def test_first_images_of_a_growing_generator_have_a_distance(side):
     a, b = textures(20, side, sigma=0.5), textures(20, side, sigma=0.5, seed=1)
-    assert sliced_wasserstein_distance(a, a) == {side: 0.0}
     assert sliced_wasserstein_distance(a, b)[side] < sliced_wasserstein_distance(a, b**4)[side]
 
 

@@ -18,10 +18,12 @@ from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 from medgen import cli
+from medgen.data.image_set import ImageSet
 from medgen.metrics.feature_set import FeatureSet
 from medgen.metrics.frechet import frechet_distance
+from medgen.metrics.intervals import draw_counts
 from medgen.report.files import make_report
-from medgen.report.measure import _halves, measure
+from medgen.report.measure import _halves, _patch_distances, measure
 
 SIDE = 64
 # brightness and contrast: as many features as make a Fréchet distance of a few images meaningful
@@ -204,6 +206,18 @@ def test_noise_is_told_by_the_patches_of_the_finest_level(tmp_path):
     assert others.equal.mean < 1.5 * others.baseline.mean
     assert far.patches[3].distance.value < 1.5 * near.patches[3].distance.value
     assert far.figures()["swd_64_equal_n_real"] == finest.baseline.mean
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [(None, 50), (20, 20), (1000, 50)])
+def test_patches_are_resampled_fifty_times_at_most(tmp_path, monkeypatch, asked, drawn):
+    sets = [ImageSet.from_source(folder_of(tmp_path / name, seeds)) for name, seeds in (("a", range(2)), ("b", (2, 3)))]
+    found = []
+    monkeypatch.setattr("medgen.report.measure.draw_counts", lambda *of: found.append(draw_counts(*of)) or found[-1])
+    monkeypatch.setattr("medgen.report.measure.sliced_wasserstein", lambda *_, **__: [0.0])  # seconds for each resample
+
+    _patch_distances(*sets, asked, 0, [])
+
+    assert [len(counts) for counts in found] == [drawn, drawn]
 
 
 def test_images_without_a_pyramid_have_no_distance_of_patches_and_that_is_said(tmp_path):

@@ -24,7 +24,14 @@ from medgen.metrics.kernel import kernel_distance
 from medgen.metrics.prdc import precision_recall_density_coverage
 from medgen.metrics.protocols import PROTOCOLS, get_protocol, make_extractor
 from medgen.metrics.radiomics import RadiomicsExtractor
-from medgen.metrics.sliced_wasserstein import PATCHES, patch_descriptors, pyramid_sides, sliced_wasserstein
+from medgen.metrics.sliced_wasserstein import (
+    PATCHES,
+    REAL,
+    SAMPLES,
+    patch_descriptors,
+    pyramid_sides,
+    sliced_wasserstein,
+)
 
 __all__ = [
     "PRDC",
@@ -261,10 +268,10 @@ class PRDCMetric(FeatureSetMetric):
 class SlicedWassersteinDistanceMetric(FeatureSetMetric):
     """:func:`medgen.metrics.sliced_wasserstein` of predictions and images in [0, 1]; 0 is best.
 
-    The buffers hold 128 patches of each level, 25 KB an image, level and channel. An image's place, from which the
-    positions of its patches follow, is its index in the data set where one process takes all of it in order, or several
-    take every so many-th image of it, as DistributedSampler without shuffling has them do: the result is then the same
-    for any number of processes, and for any batch size.
+    The buffers hold 128 patches of each level, 25 KB an image, level and channel. Predictions and images have their
+    patches at positions of their own, which follow from an image's place. That is its index in the data set where one
+    process takes all of it in order, or several take every so many-th image of it, as DistributedSampler without
+    shuffling has them do: the result is then the same for any number of processes, and for any batch size.
 
     Args:
         seed: of the patches' positions and of the directions.
@@ -291,7 +298,8 @@ class SlicedWassersteinDistanceMetric(FeatureSetMetric):
         first = self._seen.get(what, 0)
         self._seen[what] = first + len(batch)
         places = [idist.get_rank() + idist.get_world_size() * (first + i) for i in range(len(batch))]
-        return patch_descriptors(batch, places, self.seed).reshape(len(batch), -1)
+        role = SAMPLES if what == "predictions" else REAL
+        return patch_descriptors(batch, places, self.seed, role).reshape(len(batch), -1)
 
     def aggregate(self) -> dict[int, float]:
         """Side of a level -> distance × 1000, finest level first.

@@ -38,6 +38,7 @@ SMALLEST = 4  # pixels; the first images of a growing generator
 FLAT = 1e-6  # standard deviation below which a level holds rounding alone; an 8-bit step is 4e-3
 CHUNK = 2**18  # pixels whose pyramid is made at a time: more would leave a core's cache
 BLOCK = 2**25  # projections of a set that are held at a time: 128 MiB
+REAL, SAMPLES = 0, 1  # roles of a set
 
 
 def pyramid_sides(side: int) -> tuple[int, ...]:
@@ -89,16 +90,18 @@ def laplacian_pyramid(images: ArrayLike) -> list[NDArray[np.float32]]:
     return [*levels, rest]
 
 
-def patch_descriptors(images: ArrayLike, places: Sequence[int], seed: int = 0) -> NDArray[np.float32]:
+def patch_descriptors(images: ArrayLike, places: Sequence[int], seed: int = 0, role: int = REAL) -> NDArray[np.float32]:
     """Patches of 7 × 7 pixels at random positions of every level.
 
-    The positions follow from the seed and from an image's place in its set. They depend neither on batches nor on the
-    number of processes, and the images at one place of two sets are looked at in the same positions.
+    The positions follow from the seed, the role of the set and an image's place in it. They depend neither on batches
+    nor on the number of processes. Sets that are compared take different roles: as in the paper's code, each set's
+    positions are then its own. Common ones would bring the sets closer than two sets of real images are.
 
     Args:
         images: (B, C, S, S).
         places: (B,) index of each image in its set.
         seed: of the positions.
+        role: of the set: 0 for the real images, 1 for the samples.
 
     Returns:
         (B, L, P, C, K): P is 128; K is 49, and 16 for images of 4 pixels.
@@ -109,17 +112,18 @@ def patch_descriptors(images: ArrayLike, places: Sequence[int], seed: int = 0) -
     images = np.asarray(images, dtype=np.float32)
     parts = _chunks(len(images), images[0].size)
     return np.concatenate(
-        [_patches(images[part.start : part.stop], places[part.start : part.stop], seed) for part in parts]
+        [_patches(images[part.start : part.stop], places[part.start : part.stop], seed, role) for part in parts]
     )
 
 
-def set_descriptors(images: Sequence[ArrayLike] | NDArray, seed: int = 0) -> NDArray[np.float32]:
+def set_descriptors(images: Sequence[ArrayLike] | NDArray, seed: int = 0, role: int = REAL) -> NDArray[np.float32]:
     """:func:`patch_descriptors` of a set, whose images are read a few at a time; 25 KB an image, level and channel.
 
     Args:
         images: ``len()`` and ``[i]`` -> (C, S, S) in [0, 1], C = 1 or 3, such as a :class:`medgen.data.ImageSet`; or an
             array (N, C, S, S).
         seed: of the positions.
+        role: of the set: 0 for the real images, 1 for the samples.
 
     Returns:
         (N, L, P, C, K).
@@ -133,7 +137,7 @@ def set_descriptors(images: Sequence[ArrayLike] | NDArray, seed: int = 0) -> NDA
     shape = np.shape(images[0])
     found = None
     for places in _chunks(len(images), math.prod(shape)):
-        patches = _patches(np.stack([_checked(images[place], shape, place) for place in places]), places, seed)
+        patches = _patches(np.stack([_checked(images[place], shape, place) for place in places]), places, seed, role)
         if found is None:
             found = np.empty((len(images), *patches.shape[1:]), dtype=np.float32)
         found[places.start : places.stop] = patches
@@ -182,7 +186,10 @@ def sliced_wasserstein(
 def sliced_wasserstein_distance(
     real: Sequence[ArrayLike] | NDArray, fake: Sequence[ArrayLike] | NDArray, *, seed: int = 0
 ) -> dict[int, float]:
-    """:func:`sliced_wasserstein` of two sets of images; 0 is best, and what a set has to itself.
+    """:func:`sliced_wasserstein` of two sets of images; 0 is best, and reached by no finite set.
+
+    Each set has patches of its own, even a set that is compared with itself, whose distance falls to 0 as images grow
+    in number.
 
     Args:
         real: ``len()`` and ``[i]`` -> (C, S, S) in [0, 1], C = 1 or 3; or an array (N, C, S, S).
@@ -195,7 +202,8 @@ def sliced_wasserstein_distance(
     Raises:
         UserError: as :func:`set_descriptors` and :func:`sliced_wasserstein`.
     """
-    distances = sliced_wasserstein(set_descriptors(real, seed), set_descriptors(fake, seed), seed=seed)
+    descriptors = (set_descriptors(images, seed, role) for images, role in ((real, REAL), (fake, SAMPLES)))
+    distances = sliced_wasserstein(*descriptors, seed=seed)
     return dict(zip(pyramid_sides(np.shape(real[0])[-1]), distances.tolist(), strict=True))
 
 
@@ -222,12 +230,12 @@ def _chunks(n: int, pixels: int) -> list[range]:
     return [range(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _patches(images: NDArray[np.float32], places: Sequence[int], seed: int) -> NDArray[np.float32]:
+def _patches(images: NDArray[np.float32], places: Sequence[int], seed: int, role: int) -> NDArray[np.float32]:
     levels = laplacian_pyramid(images)
     patch = min(PATCH, levels[-1].shape[-1])
     room = np.array([level.shape[-1] - patch + 1 for level in levels])[:, None]
     corners = [
-        np.random.default_rng([seed, 1, place]).integers(room, size=(2, len(levels), PATCHES)) for place in places
+        np.random.default_rng([seed, 1, role, place]).integers(room, size=(2, len(levels), PATCHES)) for place in places
     ]
     rows, columns = np.stack(corners, axis=1)
     found = np.empty((len(images), len(levels), PATCHES, images.shape[1], patch, patch), dtype=np.float32)

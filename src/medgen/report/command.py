@@ -92,7 +92,12 @@ def report(
     max_images: MaxImages = None,
     pairs: Annotated[str, typer.Option("--pairs", help="Pairs of images for MS-SSIM: a number, or `all`.")] = "2000",
     resamples: Annotated[
-        int | None, typer.Option("--resamples", help="Bootstrap resamples.  [default: by the width of the features]")
+        int | None,
+        typer.Option(
+            "--resamples",
+            help="Bootstrap resamples; the sliced Wasserstein distance takes at most 50.  "
+            "[default: by the width of the features]",
+        ),
     ] = None,
     device: Device = "cpu",
     batch_size: BatchSize = 32,

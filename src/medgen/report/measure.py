@@ -40,7 +40,7 @@ from medgen.metrics.protocols import (
     make_extractor,
     parse_weights,
 )
-from medgen.metrics.sliced_wasserstein import laplacian_pyramid, set_descriptors, sliced_wasserstein
+from medgen.metrics.sliced_wasserstein import REAL, SAMPLES, laplacian_pyramid, set_descriptors, sliced_wasserstein
 from medgen.report.measurements import Distance, Measurements, PatchDistance
 
 __all__ = ["measure"]
@@ -51,7 +51,9 @@ NEAREST_K = 5
 MOST_FOR_NEIGHBOURS = 10_000  # images of a set that precision, recall and the kernel distance look at
 SMALLEST_FOR_MS_SSIM = 48  # pixels
 MOST_FOR_PATCHES = 4096  # images of a set: 2.5 GB of patches for grey images of 512 pixels
-PATCH_RESAMPLES = 50  # suffice for a standard error (Efron and Tibshirani 1993, section 6.4)
+PATCH_RESAMPLES = (
+    50  # at most, as each sorts all patches; suffice for a standard error (Efron and Tibshirani 1993, section 6.4)
+)
 PATCH_DIRECTIONS = 128  # in the resamples and halves: one of the paper's four repeats
 TITLES = {
     "frd_v1": "FRD v1, log d² (frd-score 1.x)",
@@ -116,7 +118,8 @@ def measure(
         max_images: at most so many of each set, drawn at random; not of the training images, where a copy of one that
             was left out would not be found.
         pairs: of images for MS-SSIM, or ``all``.
-        resamples: of the bootstrap; by the width of the features by default.
+        resamples: of the bootstrap; by the width of the features by default. The sliced Wasserstein distance, each of
+            whose resamples sorts all patches, takes at most 50.
         device: of networks.
         batch_size: of networks.
         num_workers: processes; one per core, at most 8, by default.
@@ -656,9 +659,10 @@ def _patch_distances(
             f"{title}: of {len(judged)} samples and {len(real)} reference images, drawn at random, as their patches "
             "are held in memory."
         )
-    x, y = (set_descriptors(of, seed) for of in (real, judged))
+    x, y = (set_descriptors(of, seed, role) for of, role in ((real, REAL), (judged, SAMPLES)))
     codes = [patient_codes(of.patients, len(of)) for of in (real, judged)]
-    counts = [draw_counts(rng, code, resamples or PATCH_RESAMPLES).astype(np.intp) for code in codes]
+    resamples = min(resamples or PATCH_RESAMPLES, PATCH_RESAMPLES)
+    counts = [draw_counts(rng, code, resamples).astype(np.intp) for code in codes]
     drawn = [tuple(np.repeat(np.arange(len(of)), of) for of in pair) for pair in zip(*counts, strict=True)]
     patients = {"reference_patients": real.patients, "sample_patients": judged.patients}
     fewer = {"seed": seed, "directions": PATCH_DIRECTIONS}
