@@ -29,7 +29,7 @@ import sys
 from medgen.data import load_datalist
 from medgen.errors import UserError
 try:
-    items = load_datalist(sys.argv[1], "training")
+    items = load_datalist(sys.argv[1], "training", require_files=False)
 except UserError as error:
     sys.exit(f"error: {error}")
 labels = sorted({str(item["label"]) for item in items if item.get("label") is not None})

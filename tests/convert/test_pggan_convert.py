@@ -440,6 +440,33 @@ def test_array_that_does_not_fit_is_refused_by_its_name(tmp_path, network, name,
     assert message in refused(lambda: convert_pggan(path))
 
 
+def test_array_under_many_names_is_refused_before_it_is_copied(tmp_path, monkeypatch):
+    network = make_networks()[2]
+    one = np.zeros((64, 64), np.float32)
+    network.state["variables"] += [(f"more{number}", one) for number in range(1000)]
+    copies = []
+    monkeypatch.setattr("medgen.convert.pggan_pickle._tensor", lambda *_: copies.append(1))
+    path = written(tmp_path / "network.pkl", network)
+
+    assert "more than the file has bytes for" in refused(lambda: convert_pggan(path))
+    assert not copies
+
+
+def test_network_that_stands_in_a_snapshot_many_times_is_refused(tmp_path):
+    network = make_networks()[2]
+    path = written(tmp_path / "network.pkl", (network,) * 100)
+
+    assert "more than the file has bytes for" in refused(lambda: convert_pggan(path))
+
+
+def test_two_arrays_of_one_name_are_refused(tmp_path):
+    networks = make_networks()
+    networks[2].state["variables"].append(("lod", np.float32(1)))
+    path = written(tmp_path / "network.pkl", networks)
+
+    assert "must have each array once, got 'lod' more than once" in refused(lambda: convert_pggan(path))
+
+
 def test_averaging_in_both_places_is_refused(tmp_path):
     networks = make_networks()
     arrays = dict(networks[1].state["variables"])
@@ -968,6 +995,13 @@ def test_command_without_discriminator(snapshot, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert sorted(os.listdir(tmp_path)) == ["model.json", "model.pt", "network.pkl"]
     assert "discriminator_def" not in json.loads((tmp_path / "model.json").read_text())
+
+
+def test_generator_only_has_no_use_for_the_discriminators_path(snapshot, tmp_path):
+    result = command(snapshot, "--output", tmp_path / "discriminator.pt", "--generator_only")
+
+    assert result.exit_code == 0, result.stderr
+    assert sorted(os.listdir(tmp_path)) == ["discriminator.json", "discriminator.pt", "network.pkl"]
 
 
 def test_command_with_a_discriminator_alone(tmp_path):

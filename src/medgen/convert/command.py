@@ -217,7 +217,7 @@ def pggan(
     """
     config = _targets(output, config, force)
     discriminator = output.with_name("discriminator.pt") if discriminator is None else discriminator
-    files = (output, discriminator, config)
+    files = (output, config) if generator_only else (output, discriminator, config)
     if len({path.resolve() for path in files}) < len(files):
         raise UserError(
             f"expected different files, got {', '.join(map(str, files))}; choose another --output, --discriminator or "

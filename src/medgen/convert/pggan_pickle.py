@@ -205,20 +205,27 @@ def read_pggan_pickle(path: str | os.PathLike) -> list[SnapshotNetwork]:
         path: the ``.pkl`` of a tuple of networks, or of one alone.
 
     Raises:
-        UserError: the file is damaged, of another project or edition, or names what no snapshot needs.
+        UserError: the file is damaged, of another project or edition, or names what no snapshot needs; or it has more
+            arrays than bytes for them, or two of one name.
     """
     path = Path(path)
     with OneLineErrors(path, KIND):
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            content = _Unpickler(next_pickle(data)).load()
+            pickled = next_pickle(data)
+        content = _Unpickler(pickled).load()
         records = list(content) if isinstance(content, tuple | list) else [content]
         records = [record for record in records if record is not None]  # left out by hand
         if not records or not all(isinstance(record, _NETWORK) for record in records):
             raise RefusedError(f"it holds {reprlib.repr(content)} instead of the networks G, D and Gs")
-        return [_network(f"network {index + 1} of {path}", record.state) for index, record in enumerate(records)]
+        networks, room = [], len(pickled)
+        for index, record in enumerate(records):
+            networks.append(_network(f"network {index + 1} of {path}", record.state, room))
+            room -= sum(array.nbytes for array in networks[-1].variables.values())
+        return networks
 
 
-def _network(source: str, state: Any) -> SnapshotNetwork:
+def _network(source: str, state: Any, room: int) -> SnapshotNetwork:
+    """A network whose arrays are at most ``room`` bytes: each becomes a copy, and a pickle may name one many times."""
     state = state if isinstance(state, Mapping) else {}
     expected = {"version": (VERSION,), "build_func_name": BUILD_FUNCTIONS}
     for key, known in expected.items():
@@ -234,6 +241,12 @@ def _network(source: str, state: Any) -> SnapshotNetwork:
     )
     if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings) or not pairs:
         raise UserError(f"{source} must have static_kwargs and variables by their names, got others; it is damaged")
+    names = [name for name, _ in variables]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{source} must have each array once, got {reprlib.repr(twice)} more than once; it is damaged")
+    if sum(array.numbers.nbytes for _, array in variables if array.numbers is not None) > room:
+        raise UserError(f"{source} must have arrays of its own, got more than the file has bytes for; it is damaged")
     return SnapshotNetwork(
         state["build_func_name"],
         {name: _plain(value) for name, value in settings.items()},
