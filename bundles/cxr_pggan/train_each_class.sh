@@ -29,12 +29,15 @@ import sys
 from medgen.data import load_datalist
 from medgen.errors import UserError
 try:
-    items = load_datalist(sys.argv[1], "training", require_files=False)
+    items, others = (load_datalist(sys.argv[1], split, require_files=False) for split in ("training", "validation"))
 except UserError as error:
     sys.exit(f"error: {error}")
 labels = sorted({str(item["label"]) for item in items if item.get("label") is not None})
 if not labels:
     sys.exit(f"error: expected items with a label in {sys.argv[1]}, got none; add it")
+for label in labels:
+    if sum(str(item.get("label")) == label for item in others) < 2:
+        sys.exit(f"error: expected 2 or more validation images of label {label} in {sys.argv[1]}, got fewer; split anew")
 folders = {}
 for label in labels:
     folder = "class_" + re.sub("[^A-Za-z0-9_-]", "_", label)

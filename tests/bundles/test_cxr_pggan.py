@@ -256,8 +256,11 @@ def test_one_command_trains_a_model_for_each_class(datalist, tmp_path):
 )
 def test_each_class_has_a_folder_of_its_own(labels, folders, tmp_path):
     splits = {"training": [{"image": f"{n}.png", "patient": str(n), "label": label} for n, label in enumerate(labels)]}
-    for item in splits["training"]:
-        (tmp_path / item["image"]).touch()
+    splits["validation"] = [
+        {"image": f"v{n}{copy}.png", "patient": f"v{n}", "label": label}
+        for n, label in enumerate(labels)
+        for copy in "ab"
+    ]
     write_datalist(tmp_path / "datalist.json", "classes", "X-ray", splits)
     environment = {**os.environ, "PYTHON": sys.executable, "LAUNCHER": "echo"}  # says what it would start
     script = ["bash", str(BUNDLE / "train_each_class.sh"), "--datalist", str(tmp_path / "datalist.json")]

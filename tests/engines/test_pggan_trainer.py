@@ -309,7 +309,7 @@ def test_batches_that_make_no_whole_groups_are_told_before_the_training(pyramid,
     single = GrowthSchedule((4, 8, 16), (4, 4, 1), (0.1,) * 3, (8, 8, 8), (0, 4, 4))
     trainer(given, pyramid, single)
     assert "one image a step at 16×16" in caplog.text
-    monkeypatch.setattr("medgen.engines.pggan.idist.get_world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"one image a step at 16×16.* start fewer .* --batch_sizes \[4,6,4\]"):
         trainer(parts(), pyramid)
 

@@ -156,6 +156,23 @@ def evaluation(saver, value):
     engine.run([0])
 
 
+def test_best_model_of_a_growing_network_is_one_of_its_last_stage(tmp_path):
+    network, path, side = nn.Linear(1, 1, bias=False), tmp_path / "model.pt", [4]
+    saver = BestModelSaver(network, path, stage=lambda: side[0])
+    for weight, value, side[0] in ((1.0, 0.1, 4), (2.0, 0.5, 8), (3.0, 0.6, 8), (4.0, 0.4, 8), (5.0, 0.7, 8)):
+        network.weight.data.fill_(weight)
+        evaluation(saver, value)
+    assert torch.load(path, weights_only=True)["weight"].item() == 4
+    assert not (tmp_path / "model.previous.pt").exists()
+    restarted = BestModelSaver(network, path, stage=lambda: side[0])
+    restarted.load_state_dict(saver.state_dict())
+    evaluation(restarted, 0.45)
+    assert torch.load(path, weights_only=True)["weight"].item() == 4
+    side[0] = 16
+    evaluation(restarted, 9.0)
+    assert torch.load(path, weights_only=True)["weight"].item() == 5
+
+
 def test_best_model_is_kept_also_across_a_restart(tmp_path):
     network, path = nn.Linear(1, 1, bias=False), tmp_path / "model.pt"
     saver = BestModelSaver(network, path)

@@ -623,6 +623,8 @@ def select_label(items: Iterable[Item], label: int | str | None) -> list[Item]:
         return items
     # a number may arrive from the command line as a text
     chosen = [item for item in items if item.get("label") is not None and str(item["label"]) == str(label)]
+    if not chosen and all(item.get("label") is None for item in items):
+        raise UserError(f"label {label!r:.80} cannot be chosen from items without labels; leave --label out")
     if not chosen:
         counts = Counter(str(item.get("label")) for item in items)
         there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))

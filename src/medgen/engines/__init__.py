@@ -5,7 +5,7 @@ from __future__ import annotations
 from medgen.engines.adversarial import AdversarialTrainer, batch_per_process, exponential_moving_copy
 from medgen.engines.autoencoder import AutoencoderKLTrainer
 from medgen.engines.latent_diffusion import LatentDiffusionTrainer, warmup
-from medgen.engines.pggan import PGGAN_TRAINING, PGGANTrainer, growth_schedule, pggan_setting
+from medgen.engines.pggan import PGGAN_TRAINING, PGGANTrainer, check_groups, growth_schedule, pggan_setting
 from medgen.engines.segmentation import SegmentationTrainer
 from medgen.engines.stylegan2 import STYLEGAN2_TRAINING, StyleGAN2Trainer, stylegan2_setting
 from medgen.engines.trainer import GenerativeTrainer
@@ -21,6 +21,7 @@ __all__ = [
     "SegmentationTrainer",
     "StyleGAN2Trainer",
     "batch_per_process",
+    "check_groups",
     "exponential_moving_copy",
     "growth_schedule",
     "pggan_setting",

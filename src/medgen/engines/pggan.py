@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 import torch.nn.functional as F
 from ignite.engine import Events
@@ -20,7 +19,7 @@ from medgen.errors import UserError
 from medgen.losses import critic_loss, gradient_penalty
 from medgen.networks import PGGAN_PRESETS, PGGANDiscriminator, PGGANGenerator
 
-__all__ = ["PGGAN_TRAINING", "PGGANTrainer", "growth_schedule", "pggan_setting"]
+__all__ = ["PGGAN_TRAINING", "PGGANTrainer", "check_groups", "growth_schedule", "pggan_setting"]
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +107,17 @@ def growth_schedule(
     return GrowthSchedule(resolutions, batch_sizes, lrs, images, fade_images)
 
 
-def _check_groups(schedule: GrowthSchedule, group_size: int | None) -> None:
-    """See before the training, not days later at its last level, that each process's batches make whole groups."""
-    processes = idist.get_world_size()
+def check_groups(schedule: GrowthSchedule, group_size: int | None) -> None:
+    """See before the training, not days later at its last level, that each process's batches make whole groups.
+
+    Args:
+        schedule: of the training.
+        group_size: the discriminator's ``minibatch_group_size``.
+
+    Raises:
+        UserError: they do not, or several processes would see one image each.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     for resolution, total in zip(schedule.resolutions, schedule.batch_sizes, strict=True):
         batch_size = total // processes
         if group_size is not None and batch_size > group_size and batch_size % group_size:
@@ -234,7 +241,7 @@ class PGGANTrainer(AdversarialTrainer):
                 f"an epoch must hold at least one step, {max(self.schedule.batch_sizes)} images, got {epoch_images}; "
                 "raise --tick_images"
             )
-        _check_groups(self.schedule, discriminator.minibatch_group_size)
+        check_groups(self.schedule, discriminator.minibatch_group_size)
         self.max_images, self.epoch_images = max_images, epoch_images
         self.ema_decay = ema_decay
         self.gradient_penalty_weight, self.gradient_penalty_target = gradient_penalty_weight, gradient_penalty_target

@@ -170,6 +170,8 @@ class BestModelSaver:
         position: more entries of that file, asked for when it is written, such as the images seen.
         companions: what must lie beside the weights; written with the first of them. The file of another training is
             then kept with its own companions, in the folder ``previous``.
+        stage: how far a growing network has grown, such as its resolution: a best value counts within one stage alone,
+            and the first model of a later stage replaces that of an earlier one, whatever its value.
     """
 
     def __init__(
@@ -180,7 +182,9 @@ class BestModelSaver:
         record: str | Path | None = None,
         position: Callable[[], Mapping[str, Any]] | None = None,
         companions: ModelCompanions | None = None,
+        stage: Callable[[], int] | None = None,
     ) -> None:
+        self.stage, self._stage = stage, None
         self.network, self.path = network, Path(path)
         if self.path.is_dir():
             raise UserError(f"model_path must be a file, got the folder {path}; set --model_path {path}/model.pt")
@@ -198,10 +202,12 @@ class BestModelSaver:
         name = engine.state.key_metric_name
         value = float(engine.state.metrics[name])
         first = self.best is None
-        if not math.isfinite(value) or not (first or self.is_better(value, self.best)):
+        stage = self.stage() if self.stage is not None else None
+        has_grown = stage != self._stage
+        if not math.isfinite(value) or not (first or has_grown or self.is_better(value, self.best)):
             logger.info(f"epoch {engine.state.epoch}: {name} {value:.5f}, best so far {self.best}")
             return
-        self.best = value
+        self.best, self._stage = value, stage
         if idist.get_rank() > 0:
             return
         if first and self.path.is_file():
@@ -223,13 +229,14 @@ class BestModelSaver:
             atomic_write_text(self.record, json.dumps(about, indent=4) + "\n")
         logger.info(f"epoch {engine.state.epoch}: {name} {value:.5f}, the best so far, saved to {self.path}")
 
-    def state_dict(self) -> dict[str, float | None]:
-        """The best metric so far."""
-        return {"best": self.best}
+    def state_dict(self) -> dict[str, float | int | None]:
+        """The best metric so far, and the stage that it belongs to."""
+        return {"best": self.best} if self.stage is None else {"best": self.best, "stage": self._stage}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Continue from :meth:`state_dict`; without the file that belongs to it, the next validation starts anew."""
         self.best = state["best"] if self.path.is_file() else None
+        self._stage = state.get("stage")
 
 
 class WeightsLoader:

@@ -53,7 +53,8 @@ class LevelSaver:
             return
         engine.check_finite_weights()
         first = not self._saved
-        self._saved.append(self.network.resolution)
+        if self.network.resolution not in self._saved:  # a training that is lengthened ends a level twice
+            self._saved.append(self.network.resolution)
         if idist.get_rank() > 0:
             return
         if first and self.folder.is_dir():
