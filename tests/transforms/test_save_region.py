@@ -70,6 +70,16 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+def test_a_blank_image_has_no_lungs_whatever_the_network_says(tmp_path, data):
+    Image.fromarray(np.zeros((100, 120), dtype=np.uint8)).save(data[0]["image"])
+    results = saver(tmp_path, data[:1], min_area=0.0)
+    results(found(data[0], mask_of((100, 120), (10, 20, 60, 40))))
+    results.finish(data[:1], tmp_path / "out" / "rejected.csv", split="all")
+    assert table(tmp_path / "out" / "boxes.csv") == []
+    (row,) = table(tmp_path / "out" / "rejected.csv")
+    assert row["reason"] == "no lung found: the image is one grey level"
+
+
 def test_results_of_a_run(tmp_path, data, capsys):
     results = saver(tmp_path, data)
     mask = mask_of((100, 120), (10, 20, 60, 40), (30, 50, 80, 100))

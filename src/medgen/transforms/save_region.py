@@ -165,9 +165,13 @@ class SaveRegiond(MapTransform):
         file = image.meta["filename_or_obj"]
         if image.shape[1:] != mask.shape:
             raise UserError(f"{file} has {tuple(image.shape[1:])} pixels, its mask {mask.shape}: the file has changed")
+        is_blank = float(image.max()) == float(image.min())  # a network draws something in any picture
+        if is_blank:
+            mask = np.zeros_like(mask)
         area = float(mask.mean())
         box = bounding_box(mask, self.margin) if area >= self.min_area else None
-        reason = "" if box else f"no lung found: {area:.1%} of the image, min_area is {self.min_area:.1%}"
+        why = "the image is one grey level" if is_blank else f"{area:.1%} of the image, min_area is {self.min_area:.1%}"
+        reason = "" if box else f"no lung found: {why}"
         record = {"box": box, "area_fraction": area, "mean_uncertainty": None, "reason": reason}
         meta = {"filename_or_obj": file}
         if box:
