@@ -717,6 +717,23 @@ def new_app(command: Callable[..., int], description: str) -> typer.Typer:
     return app
 
 
+def new_steps(steps: Sequence[Callable[..., int]], description: str) -> typer.Typer:
+    """A typer application of several commands, one a step, each with its own docstring as help."""
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        # steps and options may be written with either, - or _
+        context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+        help="\n\n".join(f"\b\n{p}" if p.startswith("python -m") else p for p in description.split("\n\n")),
+    )
+    app.callback()(lambda: None)  # a single step would else need no name
+    for step in steps:
+        app.command(step.__name__.replace("_", "-"), help=step.__doc__.split("\n\n    Returns:")[0])(step)
+    return app
+
+
 def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run a command; mistakes are one line ``error: …`` on stderr.
 

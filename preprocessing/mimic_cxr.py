@@ -768,18 +768,7 @@ def sentences(
     return code
 
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    # steps and options may be written with either, - or _
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
-    help="\n\n".join(f"\b\n{p}" if p.startswith("python -m") else p for p in __doc__.split("\n\n")),
-)
-app.callback()(lambda: None)
-for _step in (organise, create_ids, sections, sentences):
-    app.command(_step.__name__.replace("_", "-"), help=_step.__doc__.split("\n\n    Returns:")[0])(_step)
+app = c.new_steps((organise, create_ids, sections, sentences), __doc__)
 
 if __name__ == "__main__":
     sys.exit(c.main(app))

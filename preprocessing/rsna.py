@@ -548,6 +548,11 @@ def crop(
     shares = dict(zip(SPLITS, split or c.DEFAULT_SPLIT, strict=True))
     split_by_patient([], shares)  # wrong shares are refused before anything is read
     datalist = source / "datalist.json" if source.is_dir() else source
+    if not datalist.is_file():
+        raise UserError(
+            f"expected what organise has written, got no {datalist}; run: python -m preprocessing.rsna organise "
+            "--source CHALLENGE --target DIR, and name DIR as --source here"
+        )
     content = validate_datalist(datalist)
     rows = {posixpath.normpath(item["image"]): item for item in content.get("all", [])}
     odd = next((image for image, item in rows.items() if item.get("label") not in range(len(CLASSES))), None)
@@ -563,9 +568,11 @@ def crop(
     unknown = {image: f"has a box, but is not in {datalist.name}" for image in [*found, *wrong] if image not in rows}
     files = sorted(rows.keys() & found.keys(), key=natural_key)
     if not files:
+        first = next(iter(wrong.items()), None) if not found else None
+        got = f"{first[0]}: {first[1]}" if first else f"{len(found)} boxes, the first of {next(iter(found), 'none')}"
         raise UserError(
-            f"none of the {len(rows)} images of {datalist} has a box in {boxes}, which has {len(found)} boxes, the "
-            f"first of {next(iter(found), 'none')}; name the table that was made of this datalist"
+            f"expected boxes of the {len(rows)} images of {datalist} in {boxes}, got {got}; name the table "
+            "that was made of this datalist"
         )
 
     task = _Crop("rsna crop", size, aspect)
@@ -616,18 +623,7 @@ def crop(
     return code
 
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    # options may be written with either, - or _
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
-    help="\n\n".join(f"\b\n{p}" if p.startswith("python -m") else p for p in __doc__.split("\n\n")),
-)
-app.callback()(lambda: None)
-for _step in (organise, crop):
-    app.command(_step.__name__, help=_step.__doc__.split("\n\n    Returns:")[0])(_step)
+app = c.new_steps((organise, crop), __doc__)
 
 if __name__ == "__main__":
     sys.exit(c.main(app))

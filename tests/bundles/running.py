@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pydicom
 import torch
 
 from medgen.errors import find_user_error
@@ -96,3 +98,35 @@ def assert_one_line(error: BaseException, message: str) -> None:
     assert line is not None, repr(error)
     assert "\n" not in line
     assert re.search(message, line), line
+
+
+def assert_same_levels(a: np.ndarray, b: np.ndarray) -> None:
+    """8-bit images that are equal but for rounding: sums are rounded by the batch, and a level may tip over."""
+    np.testing.assert_allclose(np.int16(a), np.int16(b), atol=1)
+
+
+def assert_synthetic_dicom(items: list[dict], images: np.ndarray) -> None:
+    """That DICOM files of a datalist hold these images, (N, C, H, W) in 8 bits, and say that nobody was imaged."""
+    for item, image in zip(items, images, strict=True):
+        picture = pydicom.dcmread(item["image"])
+        assert_same_levels(picture.pixel_array, image.transpose(1, 2, 0))
+        assert (picture.PatientID, picture.PatientName) == (item["patient"], "SYNTHETIC")
+        assert picture.SyntheticData == "YES"
+        assert item["model_sha256"] in picture.DerivationDescription
+
+
+def assert_resumes(generate: Callable[..., Any], folder: Path) -> None:
+    """That a generation which lost two of ten samples and its datalist ends with the files of an undisturbed one."""
+    for name in ("whole", "killed"):
+        generate(folder / name, seeds="0-9")
+    for seed in (3, 8):
+        (folder / "killed" / "samples" / f"seed{seed:06d}.png").unlink()
+    (folder / "killed" / "datalist.json").unlink()
+
+    generate(folder / "killed", seeds="0-9", resume="true")
+    generate(folder / "killed", seeds="0-9", resume="true")  # nothing is left to do
+
+    def content(of: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(of)): p.read_bytes() for p in of.rglob("*") if p.is_file()}
+
+    assert content(folder / "killed") == content(folder / "whole")

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image, ImageSequence
+from running import assert_resumes, assert_same_levels, assert_synthetic_dicom
 
 from medgen.data import load_datalist
 from medgen.errors import find_user_error
@@ -61,11 +61,6 @@ def expected(model_path: Path, seeds: list[int], labels: list[int] | None = None
     return (images * 255).round().byte().numpy()
 
 
-def assert_same_levels(a: np.ndarray, b: np.ndarray) -> None:
-    # sums are rounded by the batch, and a level may tip over
-    np.testing.assert_allclose(np.int16(a), np.int16(b), atol=1)
-
-
 def test_png_samples_are_the_networks_images(model_path, tmp_path):
     workflow = run("generate", tmp_path, model_path, seeds="0-5,9")
 
@@ -87,12 +82,7 @@ def test_dicom_samples_of_classes_in_colour(colour_and_classes, tmp_path):
     images = expected(colour_and_classes, [4, 7], [0, 1], out_channels=3, num_classes=2)
     items = load_datalist(tmp_path / "datalist.json", "training")
     assert [item["label"] for item in items] == [0, 1]
-    for item, image in zip(items, images, strict=True):
-        picture = pydicom.dcmread(item["image"])
-        assert_same_levels(picture.pixel_array, image.transpose(1, 2, 0))
-        assert (picture.PatientID, picture.PatientName) == (item["patient"], "SYNTHETIC")
-        assert picture.SyntheticData == "YES"
-        assert item["model_sha256"] in picture.DerivationDescription
+    assert_synthetic_dicom(items, images)
 
 
 def test_a_class_is_made_alone_on_request(colour_and_classes, tmp_path):
@@ -104,19 +94,10 @@ def test_a_class_is_made_alone_on_request(colour_and_classes, tmp_path):
 
 
 def test_resumed_run_ends_with_the_same_files(model_path, tmp_path):
-    run("generate", tmp_path / "whole", model_path, seeds="0-9")
-    run("generate", tmp_path / "killed", model_path, seeds="0-9")
-    for seed in (3, 8):
-        (tmp_path / "killed" / "samples" / f"seed{seed:06d}.png").unlink()
-    (tmp_path / "killed" / "datalist.json").unlink()
+    def generate(output_dir: Path, **settings: str) -> None:
+        run("generate", output_dir, model_path, **settings)
 
-    run("generate", tmp_path / "killed", model_path, seeds="0-9", resume="true")
-    run("generate", tmp_path / "killed", model_path, seeds="0-9", resume="true")  # nothing is left to do
-
-    def content(folder: Path) -> dict[str, bytes]:
-        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert_resumes(generate, tmp_path)
 
 
 def test_later_seeds_join_the_earlier_ones(model_path, tmp_path):

@@ -596,8 +596,9 @@ def test_images_without_a_usable_box_are_rejected_and_the_rest_goes_on(tmp_path,
     [
         (lambda root: (root / "b.csv").write_text("image,top\n"), "lacks left, bottom, right, has image, top"),
         (lambda root: (root / "b.csv").unlink(), "cannot be read as a CSV table"),
-        (lambda root: _boxes(root / "b.csv", {"b": (0, 0, 9, 9)}), "none of the 1 images of"),
-        (lambda root: (root / "o/datalist.json").unlink(), "not found"),
+        (lambda root: _boxes(root / "b.csv", {"b": (0, 0, 9, 9)}), "got 1 boxes, the first of images/b.png; name the"),
+        (lambda root: _boxes(root / "b.csv", {"a": (9, 0, 3, 9)}), "got images/a.png: its box is empty: top 9, left 0"),
+        (lambda root: (root / "o/datalist.json").unlink(), "run: python -m preprocessing.rsna organise --source"),
         (lambda root: (root / "o/datalist.json").write_text('{"test": []}'), "got no list called all in"),
         (
             lambda root: (root / "o/datalist.json").write_text('{"all": [{"image": "x.png", "patient": 1}]}'),
