@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from medgen.errors import UserError
 
-__all__ = ["check_same_shapes", "read_state_dict"]
+__all__ = ["check_same_shapes", "read_state_dict", "state_digest"]
 
 
 def read_state_dict(path: str | Path, shown: str | None = None) -> dict[str, torch.Tensor]:
@@ -61,3 +63,12 @@ def check_same_shapes(source: str, expected: Mapping[str, torch.Tensor], given: 
             f"{source} belongs to another architecture: this network has {want} at {key}, got {got}; use the network "
             "settings, or the overlay, that it was trained with"
         )
+
+
+def state_digest(network: nn.Module) -> str:
+    """SHA-256 of the names, shapes and values of all weights and buffers: what tells whether a network has changed."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

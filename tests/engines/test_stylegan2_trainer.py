@@ -290,7 +290,7 @@ def _train_in_a_group(rank: int, folder: Path) -> None:
     engine = trainer(given, max_epochs=1, path_length=PathLengthRegulariser(interval=2), train_data_loader=loader(n=40))
     descent = torch.optim.SGD(discriminator.parameters(), lr=0.1)
     image = torch.rand(4, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(rank))
-    engine._update(descent, discriminator, discriminator(image).mean())
+    engine.update(descent, discriminator, discriminator(image).mean())
     torch.save(discriminator.state_dict(), folder / f"step{rank}.pt")
     engine.run()
     torch.save(engine.training_state(), folder / f"state{rank}.pt")

@@ -13,10 +13,10 @@ from monai.data import MetaTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from medgen.errors import UserError
-from medgen.inferers import StyleGAN2Projector, latent_statistics
+from medgen.inferers import StyleGAN2Projector
 from medgen.inferers import projection as module
 from medgen.losses import PixelMSSSIMLoss, ProjectionLoss, noise_correlation
-from medgen.networks import StyleGAN2Generator
+from medgen.networks import StyleGAN2Generator, latent_statistics
 
 TINY = {"image_size": 16, "channel_base": 64, "channel_max": 8, "latent_dim": 8, "w_dim": 8, "num_mapping_layers": 2}
 

@@ -184,7 +184,7 @@ def test_processes_of_a_distributed_evaluation_share_their_features(tmp_path):
     np.save(tmp_path / "features.npy", np.stack([fake, real]))
     places = [(tmp_path / "rendezvous").as_uri(), str(tmp_path / "features.npy"), str(tmp_path / "rank")]
     ranks = [subprocess.Popen([sys.executable, "-c", RANK_CODE, str(rank), *places]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
     expected = frechet_distance(real, fake)
     for rank in range(2):
         assert float(np.load(tmp_path / f"rank{rank}.npy")) == pytest.approx(expected, rel=1e-9)

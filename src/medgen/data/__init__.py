@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "write_datalist",
         ],
         "dicom_writer": ["pixel_affine", "read_source", "write_parametric_map", "write_secondary_capture"],
+        "embedding": ["Embedding", "load_items"],
         "growth": ["GrowthSchedule", "GrowthStage"],
         "image_reader": ["MedicalImageReader"],
         "image_set": ["file_sha256", "ImageSet"],
@@ -33,7 +34,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pending": ["pending_groups"],
         "pyramid": ["GrowingDataLoader", "ImagePyramid"],
         "reader": ["Frame", "read_frames", "UnreadableImageError"],
-        "stream": ["derive_seed", "ResumableDataLoader"],
+        "stream": ["derive_seed", "ResumableDataLoader", "SeedLoader"],
         "synthetic_set": ["begin_generation", "check_format", "provenance_line", "SyntheticSet", "weights_sha256"],
     },
 )

@@ -7,13 +7,14 @@ from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
+import torch
 from monai.data import DataLoader
 from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
 from medgen.errors import UserError
 
-__all__ = ["ResumableDataLoader", "derive_seed"]
+__all__ = ["ResumableDataLoader", "SeedLoader", "derive_seed"]
 
 
 def derive_seed(*parts: int) -> int:
@@ -113,3 +114,41 @@ class ResumableDataLoader(DataLoader):
         for batch in super().__iter__():
             self.images_seen += self.global_batch_size
             yield batch
+
+
+class SeedLoader:
+    """Endless stream of seeds, of which none repeats, for a training on what a network draws itself.
+
+    The seed at a position is a function of (seed, position): batches do not depend on where a training was interrupted
+    or on the number of processes, of which each takes every ``world_size``-th position.
+
+    Args:
+        batch_size: seeds per rank and step.
+        epoch_images: seeds of an epoch, rounded up to whole steps.
+        seed: of the stream.
+
+    Raises:
+        UserError: an epoch, or a batch, of none.
+    """
+
+    def __init__(self, batch_size: int, epoch_images: int, seed: int = 0) -> None:
+        if batch_size < 1 or epoch_images < 1:
+            raise UserError(
+                f"batch_size and tick_images must be at least 1, got {batch_size} and {epoch_images}; raise them"
+            )
+        self.rank, self.world_size = idist.get_rank(), idist.get_world_size()
+        self.batch_size, self.global_batch_size = batch_size, batch_size * self.world_size
+        self.seed, self.images_seen = seed, 0
+        self.epoch_length = -(-epoch_images // self.global_batch_size)
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return self.epoch_length
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """``seed`` (B,) from position ``images_seen`` on; ``images_seen`` counts what was handed out, on all ranks."""
+        while True:
+            first = self.images_seen + self.rank
+            positions = range(first, first + self.global_batch_size, self.world_size)
+            self.images_seen += self.global_batch_size
+            yield {"seed": torch.tensor([derive_seed(self.seed, 3, position) for position in positions])}

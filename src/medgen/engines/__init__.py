@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medgen.engines.adversarial import AdversarialTrainer, batch_per_process, exponential_moving_copy
 from medgen.engines.autoencoder import AutoencoderKLTrainer
+from medgen.engines.inversion import BootstrapTrainer, EncoderTrainer, InversionTrainer, StylePool
 from medgen.engines.latent_diffusion import LatentDiffusionTrainer, warmup
 from medgen.engines.pggan import PGGAN_TRAINING, PGGANTrainer, check_groups, growth_schedule, pggan_setting
 from medgen.engines.segmentation import SegmentationTrainer
@@ -15,11 +16,15 @@ __all__ = [
     "STYLEGAN2_TRAINING",
     "AdversarialTrainer",
     "AutoencoderKLTrainer",
+    "BootstrapTrainer",
+    "EncoderTrainer",
     "GenerativeTrainer",
+    "InversionTrainer",
     "LatentDiffusionTrainer",
     "PGGANTrainer",
     "SegmentationTrainer",
     "StyleGAN2Trainer",
+    "StylePool",
     "batch_per_process",
     "check_groups",
     "exponential_moving_copy",

@@ -99,7 +99,7 @@ class AdversarialTrainer(GenerativeTrainer):
             non_blocking=True,  # from pinned memory
             **kwargs,
         )
-        self._share_networks()
+        self.share(generator, discriminator, ema)
 
     def _label(self, label: torch.Tensor | None) -> torch.Tensor | None:
         """The batch's classes for a network that has some; None for one that has none.
@@ -116,27 +116,7 @@ class AdversarialTrainer(GenerativeTrainer):
             )
         return label.as_tensor() if hasattr(label, "as_tensor") else label
 
-    def _update(self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: torch.Tensor) -> None:
-        """A step of an optimiser by the gradient averaged over the processes."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if idist.get_world_size() > 1:
-            # the same parameters have gradients in all processes: those that the loss depends on
-            gradients = [p.grad for p in network.parameters() if p.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= idist.get_world_size()
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        optimizer.step()
-
     def _mean_over_processes(self, value: torch.Tensor) -> None:
         if idist.get_world_size() > 1:
             dist.all_reduce(value)
             value /= idist.get_world_size()
-
-    def _share_networks(self) -> None:
-        if idist.get_world_size() > 1:
-            for network in (self.generator, self.discriminator, self.ema):
-                for value in network.state_dict().values():
-                    dist.broadcast(value, 0)

@@ -338,7 +338,7 @@ class PGGANTrainer(AdversarialTrainer):
         scalars = self._class_losses(label, real=real_logits, fake=fake_logits)
         d_loss = critic_loss(real_logits[:, 0], fake_logits[:, 0], self.drift) + penalty
         d_loss = d_loss + self.class_weight * sum(scalars.values())
-        self._update(self.d_optimizer, self.discriminator, d_loss)
+        self.update(self.d_optimizer, self.discriminator, d_loss)
         self._average()
 
         self.discriminator.requires_grad_(False)
@@ -346,7 +346,7 @@ class PGGANTrainer(AdversarialTrainer):
             fake = self._generate(len(image), label)
         logits = self._judge(fake)
         g_loss = -logits[:, 0].mean() + self.class_weight * sum(self._class_losses(label, fake=logits).values())
-        self._update(self.g_optimizer, self.generator, g_loss)
+        self.update(self.g_optimizer, self.generator, g_loss)
         self.discriminator.requires_grad_(True)
 
         self._growth.iteration = self.state.iteration

@@ -190,7 +190,7 @@ class StyleGAN2Trainer(AdversarialTrainer):
         self.discriminator.requires_grad_(False)
         fake = self._generate(len(image), label)
         loss = generator_loss(self._judge(self._augmented(fake), label).float())
-        self._update(self.g_optimizer, self.generator, loss)
+        self.update(self.g_optimizer, self.generator, loss)
         if self.path_length is not None and self.path_length.weight and step % self.path_length.interval == 0:
             scalars["path_length"] = self._regularise_path_length(len(image), label)
 
@@ -201,7 +201,7 @@ class StyleGAN2Trainer(AdversarialTrainer):
         fake_logits = self._judge(self._augmented(fake), label).float()
         real_logits = self._judge(self._augmented(image), label).float()
         d_loss = discriminator_loss(real_logits, fake_logits)
-        self._update(self.d_optimizer, self.discriminator, d_loss)
+        self.update(self.d_optimizer, self.discriminator, d_loss)
         if self.r1_gamma and step % self.r1_interval == 0:
             scalars["r1"] = self._regularise_gradient(image, label)
         self.generator.requires_grad_(True)
@@ -248,7 +248,7 @@ class StyleGAN2Trainer(AdversarialTrainer):
         count = self.path_length.batch_size(count)
         ws_BLW = self._styles(count, None if label is None else label[:count])
         penalty = self.path_length(self.generator.synthesis(ws_BLW, self._noise(count)), ws_BLW)
-        self._update(self.g_optimizer, self.generator, penalty)
+        self.update(self.g_optimizer, self.generator, penalty)
         self._mean_over_processes(self.path_length.mean)
         return penalty.detach()
 
@@ -257,7 +257,7 @@ class StyleGAN2Trainer(AdversarialTrainer):
         logits = self.discriminator(self._augmented(image), label).float()
         penalty = r1_penalty(logits, image, self.r1_gamma, self.r1_interval)
         # R1 does not depend on the last bias, the label's path or a frozen layer: their gradients stay None
-        self._update(self.d_optimizer, self.discriminator, penalty)
+        self.update(self.d_optimizer, self.discriminator, penalty)
         return penalty.detach()
 
     def _unfreeze_discriminator(self) -> None:

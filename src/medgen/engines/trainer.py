@@ -9,6 +9,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from ignite.engine import Events
 from monai.engines import Trainer
 from monai.utils.enums import CommonKeys as Keys
@@ -144,6 +145,31 @@ class GenerativeTrainer(Trainer):
                     f"the {name} holds values that are not finite at iteration {self.state.iteration}, which is not "
                     "saved; resume from the last checkpoint with a lower learning rate, or choose other settings"
                 )
+
+    def update(self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: torch.Tensor) -> None:
+        """A step of an optimiser by the gradient of a loss, averaged over the processes.
+
+        Not through DistributedDataParallel, whose hooks follow no double backward pass, and which expects a gradient of
+        every parameter in every step.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if idist.get_world_size() > 1:
+            # the same parameters have gradients in all processes: those that the loss depends on
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= idist.get_world_size()
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        optimizer.step()
+
+    def share(self, *networks: nn.Module) -> None:
+        """Hand the networks of rank 0 to all processes."""
+        if idist.get_world_size() > 1:
+            for network in networks:
+                for value in network.state_dict().values():
+                    dist.broadcast(value, 0)
 
     def seed_step(self) -> None:
         """Reseed torch's generators from (seed, rank, images seen): call first in every ``_iteration``."""

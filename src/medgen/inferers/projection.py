@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monai.inferers import Inferer
-from torch import nn
 
 from medgen.data.stream import derive_seed
 from medgen.errors import UserError
+from medgen.inferers.descent import ADAM_BETAS, CHECK_INTERVAL, keep_rows, own_graph, plain, ramped_lr
 from medgen.losses.projection import Features, PixelMSSSIMLoss, ProjectionLoss, noise_correlation
+from medgen.networks.latent_generator import W_AVG_SAMPLES, W_AVG_SEED, LatentStatistics, latent_statistics
 from medgen.networks.stylegan2 import StyleGAN2Generator, SynthesisNetwork, class_vectors
 from medgen.output import atomic_file
 from medgen.settings import check_between, check_whole
 
-__all__ = ["LatentStatistics", "StyleGAN2Projector", "latent_statistics"]
+__all__ = ["StyleGAN2Projector"]
 
 # Legend of the shape suffixes: B images that are still being projected, L styles of W+ (1 for the space W), W width of
 # W. "Rows" are the parameters of the B images, a row each: L · W numbers and the pixels of all its noise maps.
@@ -33,57 +31,15 @@ __all__ = ["LatentStatistics", "StyleGAN2Projector", "latent_statistics"]
 STEPS = 1000
 INITIAL_LR = 0.1
 LR_RAMP_UP, LR_RAMP_DOWN = 0.05, 0.25  # shares of the steps: linear at the start, cosine at the end
-ADAM_BETAS = (0.9, 0.999)
 INITIAL_NOISE_FACTOR = 0.05  # of the deviation of w
 NOISE_RAMP = 0.75  # share of the steps in which w is disturbed
 NOISE_REGULARISATION = 1e5
-W_AVG_SAMPLES, W_AVG_SEED = 10_000, 123
 RUN_SEED = 303  # Woodland et al.
 
-MAPPING_BATCH = 1000  # latents mapped at once for the statistics
 STEPS_AT_ONCE = 64  # steps whose disturbances of w are drawn together; no setting: it is part of the random sequence
-CHECK_INTERVAL = 10  # steps between looks at the plateau: each waits for the device
 SPACES = ("w", "w+")
 RENDER_NOISE = ("optimised", "const")
 LARGEST = 1e12  # of a factor: far beyond any use, far below what float32 can hold
-
-
-@dataclass(frozen=True)
-class LatentStatistics:
-    """Where w lies.
-
-    Args:
-        mean: (W,).
-        std: ``√(Σ ‖w - mean‖² / n)``, a length and not a deviation for each axis.
-    """
-
-    mean: torch.Tensor
-    std: float
-
-
-def latent_statistics(
-    network: StyleGAN2Generator,
-    label: torch.Tensor | None = None,
-    samples: int = W_AVG_SAMPLES,
-    seed: int = W_AVG_SEED,
-) -> LatentStatistics:
-    """Mean and spread of w over random z.
-
-    Args:
-        network: the generator.
-        label: class vector (K,) of a generator with classes.
-        samples: z to draw.
-        seed: of NumPy's ``RandomState``, as published.
-    """
-    z = torch.from_numpy(np.random.RandomState(seed).randn(samples, network.latent_dim)).float()
-    device, ws = network.w_avg.device, []
-    with torch.no_grad():
-        for part in z.split(MAPPING_BATCH):
-            labels = None if label is None else label.to(device).expand(len(part), -1)
-            ws.append(network.mapping(part.to(device), labels, update_w_avg=False)[:, 0].double().cpu())
-    w = torch.cat(ws)
-    mean = w.mean(0)
-    return LatentStatistics(mean.float(), math.sqrt((w - mean).square().sum().item() / samples))
 
 
 class StyleGAN2Projector(Inferer):
@@ -186,10 +142,8 @@ class StyleGAN2Projector(Inferer):
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Learning rate, and disturbance of w in units of its deviation, at a step counted from 0."""
-        t = step / self.steps
-        ramp_down = min(1.0, (1 - t) / LR_RAMP_DOWN)
-        lr = self.initial_lr * (0.5 - 0.5 * math.cos(math.pi * ramp_down)) * min(1.0, t / LR_RAMP_UP)
-        remaining = max(0.0, 1 - t / self.noise_ramp) if self.noise_ramp else 0.0
+        lr = ramped_lr(step, self.steps, self.initial_lr, LR_RAMP_UP, LR_RAMP_DOWN)
+        remaining = max(0.0, 1 - step / self.steps / self.noise_ramp) if self.noise_ramp else 0.0
         return lr, self.initial_noise_factor * remaining**2
 
     def __call__(
@@ -221,13 +175,8 @@ class StyleGAN2Projector(Inferer):
         Raises:
             UserError: shapes do not fit.
         """
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(inputs.device.type, enabled=False),
-            _frozen(network),
-        ):
-            return self._project(_plain(inputs), network, labels, initial_w)
+        with own_graph(inputs.device, network):
+            return self._project(plain(inputs), network, labels, initial_w)
 
     def _project(
         self,
@@ -242,8 +191,6 @@ class StyleGAN2Projector(Inferer):
         statistics = self._statistics_of(network, labels, len(target))
         w_std_B = torch.tensor([each.std for each in statistics], device=device)
         generators = [torch.Generator().manual_seed(_image_seed(self.seed, image)) for image in target]
-        # One row for each image: a step of Adam is one operation, and an image leaves with its row. torch's Adam can
-        # do that, since it works number by number and its count of steps is the same for all.
         noise = [torch.stack([torch.randn(n, generator=g) for g in generators]).to(device) for n in layout.parts[1:]]
         start_BLW = self._start(layout, statistics, initial_w).to(device)
         rows = torch.cat([start_BLW.flatten(1), *noise], 1).requires_grad_()
@@ -283,7 +230,7 @@ class StyleGAN2Projector(Inferer):
             if not len(kept):
                 break
             if len(kept) < len(here):
-                rows = _keep_rows(optimizer, kept)
+                rows = keep_rows(optimizer, kept)
                 features = tuple(part[kept] for part in features)
                 generators = [generators[row] for row in kept.tolist()]
                 w_std_B, here = w_std_B[kept], here[kept]
@@ -327,7 +274,7 @@ class StyleGAN2Projector(Inferer):
                 f"initial_w must have shape {' or '.join(map(str, shapes))} for the space {self.space}, got "
                 f"{tuple(initial_w.shape)}; set space to w+ for one w for each layer"
             )
-        start = _plain(initial_w)
+        start = plain(initial_w)
         return start if start.ndim == 3 else start[:, None].expand(-1, layout.layers, -1)
 
     def _statistics_of(
@@ -414,24 +361,9 @@ def _objective(
     return total, distance_B
 
 
-def _keep_rows(optimizer: torch.optim.Adam, kept: torch.Tensor) -> torch.Tensor:
-    """Drop the other rows of an optimiser's only parameter, with their moments; returns the new parameter."""
-    (old,) = optimizer.param_groups[0]["params"]
-    new = old.detach()[kept].requires_grad_()
-    state = optimizer.state.pop(old)
-    optimizer.state[new] = {name: value[kept] if value.shape == old.shape else value for name, value in state.items()}
-    optimizer.param_groups[0]["params"] = [new]
-    return new
-
-
 def _unit_range(images: torch.Tensor) -> torch.Tensor:
     """The generator's [-1, 1] to [0, 1]."""
     return (images + 1) / 2
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    """A float32 copy without metadata: tensors made in inference mode cannot take part in a graph."""
-    return (x.as_tensor() if isinstance(x, MetaTensor) else x).detach().float().clone()
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:
@@ -446,20 +378,3 @@ def _digest(tensors: Iterable[torch.Tensor]) -> str:
 def _image_seed(seed: int, image: torch.Tensor) -> int:
     """From the image itself: its name, place in the datalist and batch change nothing."""
     return derive_seed(seed, int(_digest([image])[:16], 16))
-
-
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """Weights without gradients.
-
-    Under ``torch.compile`` a backward pass computes the gradient of all that requires one, not just of what is asked
-    for: twice the arithmetic. Without, the graph keeps activations that only the weights' gradients need.
-    """
-    wanted = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medgen.losses.diffusion import DiffusionLoss
+from medgen.losses.inversion import DiscriminatorLoss, InversionLoss, MoCoLoss, inversion_loss
 from medgen.losses.kl import GaussianKLLoss
 from medgen.losses.perceptual import LocalLPIPS
 from medgen.losses.projection import (
@@ -23,9 +24,12 @@ from medgen.losses.wasserstein import critic_loss, gradient_penalty
 
 __all__ = [
     "DiffusionLoss",
+    "DiscriminatorLoss",
     "GaussianKLLoss",
+    "InversionLoss",
     "LPIPSProjectionLoss",
     "LocalLPIPS",
+    "MoCoLoss",
     "PathLengthRegulariser",
     "PixelMSSSIMLoss",
     "ProjectionLoss",
@@ -33,6 +37,7 @@ __all__ = [
     "discriminator_loss",
     "generator_loss",
     "gradient_penalty",
+    "inversion_loss",
     "lazy_adam_settings",
     "noise_correlation",
     "projection_loss",

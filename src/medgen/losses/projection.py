@@ -12,15 +12,25 @@ from torch import nn
 
 from medgen.data.image_set import file_sha256
 from medgen.errors import UserError
-from medgen.losses.perceptual import LocalLPIPS
+from medgen.losses.perceptual import BACKBONES, LocalLPIPS
 from medgen.metrics.diversity import C1, C2, SCALE_WEIGHTS, SIGMA
 
-__all__ = ["LPIPSProjectionLoss", "PixelMSSSIMLoss", "ProjectionLoss", "noise_correlation", "projection_loss"]
+__all__ = [
+    "EmbeddingLoss",
+    "LPIPSProjectionLoss",
+    "PixelMSSSIMLoss",
+    "ProjectionLoss",
+    "noise_correlation",
+    "projection_loss",
+    "unit_vectors",
+]
 
 Features = tuple[torch.Tensor, ...]
 
 LPIPS_SIDE = 256  # StyleGAN2, appendix D: larger images are shrunk before they are compared
 LPIPS_EPSILON = 1e-10  # as in the lpips package, here under the root
+# of the shorter side: each network's name, and the least that its poolings leave something of
+LPIPS_NETWORKS = {"squeeze": ("SqueezeNet", 17), "alex": ("AlexNet", 31), "vgg": ("VGG16", 16)}
 WINDOW, SMALLEST_WINDOW = 11, 7  # Wang et al. 2004, section III.C; piq's advice for small images
 SIMILARITY_FLOOR = 1e-3  # of a scale's mean similarity: the gradient of its power has no bound towards 0
 PIXEL_WEIGHT = 10.0  # brings the mean square to the order of 1 - MS-SSIM and of LPIPS, 0.1 for a fair likeness
@@ -60,11 +70,42 @@ def projection_loss(perceptual_weights: str | Path | None = None) -> ProjectionL
     Raises:
         UserError: no such file, or it holds something else.
     """
-    return PixelMSSSIMLoss() if perceptual_weights is None else LPIPSProjectionLoss(perceptual_weights)
+    if perceptual_weights is None:
+        return PixelMSSSIMLoss()
+    if not Path(perceptual_weights).is_file():
+        raise UserError(
+            f"perceptual_weights must be a file with torchvision's vgg16, no file at {perceptual_weights}; name one, "
+            "or leave --perceptual_weights out for the loss of pixels and MS-SSIM that needs none"
+        )
+    return LPIPSProjectionLoss(perceptual_weights)
 
 
-class LPIPSProjectionLoss(ProjectionLoss):
-    """LPIPS with VGG16 (Zhang et al. 2018, arXiv 1801.03924) as a squared distance of two embeddings.
+class EmbeddingLoss(ProjectionLoss):
+    """Squared distance ``‖e(x) - e(t)‖²`` of two images' embeddings: the target's is computed once."""
+
+    @abstractmethod
+    def embed(self, images: torch.Tensor) -> Features:
+        """Embedding of images (B, C, H, W), nominally in [0, 1], in parts of any shape (B, …)."""
+
+    def prepare(self, target: torch.Tensor) -> Features:
+        """Embedding of targets (B, C, H, W) in [0, 1]."""
+        with torch.no_grad():
+            return self.embed(target)
+
+    def forward(self, images: torch.Tensor, features: Features) -> torch.Tensor:
+        """Distances (B,) of images (B, C, H, W), nominally in [0, 1]."""
+        pairs = zip(self.embed(images), features, strict=True)
+        return torch.stack([(mine - target).square().flatten(1).sum(1) for mine, target in pairs]).sum(0)
+
+
+def unit_vectors(features: torch.Tensor) -> torch.Tensor:
+    """Each pixel's vector over the channels of (B, C, …), divided by its length."""
+    # epsilon within the root: pixels at which every channel is 0 would get a gradient that is no number
+    return features / (features.square().sum(1, keepdim=True) + LPIPS_EPSILON).sqrt()
+
+
+class LPIPSProjectionLoss(EmbeddingLoss):
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) as a squared distance of two embeddings.
 
     ``LPIPS(x, t) = Σ_l mean_hw Σ_c weight_lc · (f_lc(x) - f_lc(t))²`` with channels f normalised at each pixel is
     ``‖e(x) - e(t)‖²`` with ``e_l = √(weight_l / (H_l · W_l)) · f_l``: the target's e is computed once. Images whose
@@ -72,21 +113,19 @@ class LPIPSProjectionLoss(ProjectionLoss):
     becomes the [-1, 1] that LPIPS was made for.
 
     Args:
-        weights: state dict of torchvision's VGG16.
+        weights: state dict of torchvision's network; None for the file in torch's own cache.
+        network_type: "vgg" for VGG16, "alex" for AlexNet or "squeeze" for SqueezeNet.
 
     Raises:
         UserError: no such file, or it holds something else.
     """
 
-    def __init__(self, weights: str | Path) -> None:
+    def __init__(self, weights: str | Path | None = None, network_type: str = "vgg") -> None:
         super().__init__()
-        if not Path(weights).is_file():
-            raise UserError(
-                f"perceptual_weights must be a file with torchvision's vgg16, no file at {weights}; name one, or leave "
-                "--perceptual_weights out for the loss of pixels and MS-SSIM that needs none"
-            )
-        self.weights_sha256 = file_sha256(weights)
-        lpips = LocalLPIPS("vgg", weights, rescale=True).lpips
+        self.network_type = network_type
+        lpips = LocalLPIPS(network_type, weights, rescale=True).lpips
+        path = weights or Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[network_type][0]
+        self.weights_sha256 = file_sha256(path)
         self.scaling, self.backbone = lpips.scaling_layer, lpips.net
         self.channel_weights = nn.ParameterList(
             # trained under the constraint that they are not negative
@@ -97,29 +136,29 @@ class LPIPSProjectionLoss(ProjectionLoss):
     @property
     def settings(self) -> dict[str, str | float]:
         """Name, side of the comparison, and SHA-256 of the weights' file."""
-        return {"loss": "lpips_vgg", "largest_side": LPIPS_SIDE, "perceptual_sha256": self.weights_sha256}
+        name = f"lpips_{self.network_type}"
+        return {"loss": name, "largest_side": LPIPS_SIDE, "perceptual_sha256": self.weights_sha256}
 
-    def prepare(self, target: torch.Tensor) -> Features:
-        """Embedding of targets (B, 1 or 3, H, W) in [0, 1]: a tensor for each layer."""
-        with torch.no_grad():
-            return self._embed(target)
+    def embed(self, images: torch.Tensor) -> Features:
+        """A tensor for each layer, of images (B, 1 or 3, H, W), nominally in [0, 1].
 
-    def forward(self, images: torch.Tensor, features: Features) -> torch.Tensor:
-        """LPIPS (B,) of images (B, 1 or 3, H, W), nominally in [0, 1]."""
-        pairs = zip(self._embed(images), features, strict=True)
-        return torch.stack([(mine - target).square().flatten(1).sum(1) for mine, target in pairs]).sum(0)
-
-    def _embed(self, images: torch.Tensor) -> Features:
+        Raises:
+            UserError: images that are too small for the network.
+        """
         shorter = min(images.shape[2:])
+        name, smallest = LPIPS_NETWORKS[self.network_type]
+        if shorter < smallest:
+            raise UserError(
+                f"LPIPS with {name} takes images of at least {smallest} pixels, got {shorter}; enlarge them, or leave "
+                "that term out"
+            )
         if shorter > LPIPS_SIDE:
             size = [side * LPIPS_SIDE // shorter for side in images.shape[2:]]
             images = F.interpolate(images, size=size, mode="area")
         layers = self.backbone(self.scaling(images.expand(-1, 3, -1, -1) * 2 - 1))
         embedding = []
         for f, weight in zip(layers, self.channel_weights, strict=True):
-            # epsilon within the root: pixels at which every channel is 0 would get a gradient that is no number
-            norm = (f.square().sum(1, keepdim=True) + LPIPS_EPSILON).sqrt()
-            embedding.append(f / norm * (weight / (f.shape[2] * f.shape[3])).sqrt())
+            embedding.append(unit_vectors(f) * (weight / (f.shape[2] * f.shape[3])).sqrt())
         return tuple(embedding)
 
 
@@ -155,8 +194,11 @@ class PixelMSSSIMLoss(ProjectionLoss):
         return {"loss": "pixel_ms_ssim", "pixel_weight": self.pixel_weight, "ssim_weight": self.ssim_weight}
 
     def prepare(self, target: torch.Tensor) -> Features:
-        """Targets (B, C, H, W) in [0, 1], their means, and at each scale the pixels, local means and variances."""
+        """Targets (B, C, H, W) in [0, 1]; for MS-SSIM their means, and each scale's pixels, local means, variances."""
+        target = target.detach()
         with torch.no_grad():
+            if not self.ssim_weight:
+                return (target,)
             # covariances do not see a shift, float32 does: E[xy] - E[x]E[y] of centred pixels cancels least
             level = target.mean((2, 3), keepdim=True)
             window, exponents = _scales(target)
@@ -170,10 +212,10 @@ class PixelMSSSIMLoss(ProjectionLoss):
 
     def forward(self, images: torch.Tensor, features: Features) -> torch.Tensor:
         """Loss (B,) of images (B, C, H, W), nominally in [0, 1]."""
-        target, level, *scales = features
-        loss = self.pixel_weight * (images - target).square().mean((1, 2, 3))
+        loss = self.pixel_weight * (images - features[0]).square().mean((1, 2, 3))
         if not self.ssim_weight:
             return loss
+        _, level, *scales = features
         window, exponents = _scales(images)
         x = images - level
         terms = []
@@ -201,10 +243,11 @@ class PixelMSSSIMLoss(ProjectionLoss):
         if key not in self._bands:
             offset = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
             kernel = torch.exp(-(offset**2) / (2 * SIGMA**2))
-            band = torch.zeros(side, side - window + 1, dtype=torch.float64)
-            for row, weight in enumerate(kernel / kernel.sum()):
-                band.diagonal(-row).fill_(weight)
-            self._bands[key] = band.to(like.device, like.dtype)
+            with torch.inference_mode(False):  # a tensor made in inference mode could not take part in a later graph
+                band = torch.zeros(side, side - window + 1, dtype=torch.float64)
+                for row, weight in enumerate(kernel / kernel.sum()):
+                    band.diagonal(-row).fill_(weight)
+                self._bands[key] = band.to(like.device, like.dtype)
         return self._bands[key]
 
 

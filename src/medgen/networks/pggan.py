@@ -372,12 +372,38 @@ class PGGANGenerator(_Growing):
         Raises:
             UserError: shapes that do not fit.
         """
+        x = self.normalise(z, labels)
+        if truncation_psi != 1:
+            x = torch.cat([x[:, : self.latent_dim] * truncation_psi, x[:, self.latent_dim :]], 1)
+        return self.synthesis(x)
+
+    def normalise(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """What the first layer sees of latents and classes.
+
+        Args:
+            z: (B, Z) of any length.
+            labels: class indices (B,) or vectors (B, K), for a network with classes.
+
+        Returns:
+            (B, Z + K), each row of mean square 1.
+
+        Raises:
+            UserError: shapes that do not fit.
+        """
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise UserError(f"latents must be (B, {self.latent_dim}), got {tuple(z.shape)}; set latent_dim")
         classes = class_vectors(labels, self.num_classes, z.shape[0])
-        x = pixel_norm(z if classes is None else torch.cat([z, classes.to(z.dtype)], 1))
-        if truncation_psi != 1:
-            x = torch.cat([x[:, : self.latent_dim] * truncation_psi, x[:, self.latent_dim :]], 1)
+        return pixel_norm(z if classes is None else torch.cat([z, classes.to(z.dtype)], 1))
+
+    def synthesis(self, x: torch.Tensor) -> torch.Tensor:
+        """Images of normalised latents.
+
+        Args:
+            x: (B, Z + K), see :meth:`normalise`.
+
+        Returns:
+            (B, C, resolution, resolution), mostly in [-1, 1], not clamped.
+        """
         level, before = self._level, None
         for block in self.blocks[: level + 1]:
             before, x = x, block(x)
@@ -480,6 +506,26 @@ class PGGANDiscriminator(_Growing):
         Raises:
             UserError: images of another size.
         """
+        return self.blocks[0](self._activations(images)[-1])
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What the network sees in each image by itself.
+
+        Args:
+            images: (B, C, resolution, resolution) in [-1, 1].
+
+        Returns:
+            The activations after each level but the last, (B, O, side, side) with sides from resolution / 2 down to 4;
+            the first is faded as the score's is. None at 4×4.
+
+        Raises:
+            UserError: images of another size.
+        """
+        # the last level begins with the deviation over a group of images: behind it they are no longer independent
+        return self._activations(images)[1:]
+
+    def _activations(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What goes into each level in use, from the images' own on."""
         expected = (self.in_channels, self.resolution, self.resolution)
         if images.ndim != 4 or images.shape[1:] != expected:
             raise UserError(
@@ -488,14 +534,15 @@ class PGGANDiscriminator(_Growing):
             )
         images = images.contiguous(memory_format=torch.channels_last)
         level = self._level
-        x = self._features(level, images)
+        activations = [self._from_rgb(level, images)]
         for place in range(level, 0, -1):
-            x = self.blocks[place](x)
+            x = self.blocks[place](activations[-1])
             if place == level and self.alpha < 1:
-                x = torch.lerp(self._features(level - 1, F.avg_pool2d(images, 2)), x, self.alpha)
-        return self.blocks[0](x)
+                x = torch.lerp(self._from_rgb(level - 1, F.avg_pool2d(images, 2)), x, self.alpha)
+            activations.append(x)
+        return activations
 
-    def _features(self, level: int, images: torch.Tensor) -> torch.Tensor:
+    def _from_rgb(self, level: int, images: torch.Tensor) -> torch.Tensor:
         x = self.from_rgb[level](images)
         return _activate(x) if self.from_rgb_activation else x
 

@@ -733,9 +733,12 @@ class DiscriminatorBlock(nn.Module):
         self.conv1 = Convolution(in_channels, out_channels, 3, downsample=True, gain=half, conv_clamp=conv_clamp)
         self.skip = Convolution(in_channels, out_channels, 1, downsample=True, activation=False, gain=half)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Features (B, C, H, W), or the image for the first block, to features (B, O, H / 2, W / 2)."""
-        x = x.to(dtype=self.dtype or self.conv0.weight.dtype, memory_format=torch.channels_last)
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Features (B, C, H, W), or the image for the first block, to features (B, O, H / 2, W / 2).
+
+        ``dtype`` is that of the activations instead of the block's own.
+        """
+        x = x.to(dtype=dtype or self.dtype or self.conv0.weight.dtype, memory_format=torch.channels_last)
         if self.from_image is not None:
             x = self.from_image(x)
         return self.skip(x).add_(self.conv1(self.conv0(x)))
@@ -864,15 +867,8 @@ class StyleGAN2Discriminator(nn.Module):
         Raises:
             UserError: shapes do not fit, or labels are missing.
         """
-        expected = (self.in_channels, *self.image_size)
-        if tuple(x.shape[1:]) != expected:
-            raise UserError(
-                f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}; resize them or "
-                "set image_size and in_channels"
-            )
         classes_BK = class_vectors(labels, self.num_classes, x.shape[0])
-        for block in self.blocks:
-            x = block(x)
+        x = self._activations(x)[-1]
         x = self.conv(minibatch_std(x.to(self.conv.weight.dtype), self.minibatch_group_size))
         # the names of the weights count channels first, then rows, then columns
         logits = self.out(self.linear(x.flatten(1)))
@@ -880,6 +876,36 @@ class StyleGAN2Discriminator(nn.Module):
             return logits
         projection = self.mapping_network(None, classes_BK)
         return (logits * projection).sum(1, keepdim=True) / math.sqrt(projection.shape[1])
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What the network sees in each image by itself.
+
+        Args:
+            x: (B, C, H, W) in [-1, 1].
+
+        Returns:
+            The activations after each block, from half the image's size down to the smallest, in the weights' type:
+            bfloat16 would round away by how little similar images differ.
+
+        Raises:
+            UserError: images of another shape.
+        """
+        # the layer after the blocks sees the deviation over a group of images: behind it they are not independent
+        return self._activations(x, self.conv.weight.dtype)
+
+    def _activations(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        """What comes out of each block."""
+        expected = (self.in_channels, *self.image_size)
+        if tuple(x.shape[1:]) != expected:
+            raise UserError(
+                f"images must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}; resize them or "
+                "set image_size and in_channels"
+            )
+        activations = []
+        for block in self.blocks:
+            x = block(x, dtype)
+            activations.append(x)
+        return activations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
