@@ -8,6 +8,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _SUBMODULES = (
+    "apps",
     "convert",
     "data",
     "distributed",
@@ -22,6 +23,7 @@ _SUBMODULES = (
     "registry",
     "report",
     "settings",
+    "sources",
     "transforms",
     "weights",
 )

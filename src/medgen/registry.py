@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -34,9 +35,11 @@ from medgen.errors import UserError
 from medgen.output import disable_usage_reports
 from medgen.weights import check_same_shapes, read_state_dict
 
-__all__ = ["RegisteredBundle", "list_models", "log_run", "pull", "register_bundle"]
+__all__ = ["RegisteredBundle", "fetch", "list_models", "log_run", "pull", "register_bundle"]
 
 disable_usage_reports()
+
+logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 # a bundle folder also holds outputs, checkpoints and perhaps images of patients: only these are ever registered
@@ -157,26 +160,44 @@ def pull(uri: str, target: str | Path, tracking_uri: str | None = None) -> Path:
     Raises:
         UserError: no such model, the folder is in use, or the files are not those that were registered.
     """
-    parts = _MODEL_URI.fullmatch(uri)
-    if parts is None:
-        raise UserError(f"a registered bundle is named models:/NAME@ALIAS or models:/NAME/VERSION, got {uri}")
     folder = Path(target).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"the target must be a new or empty folder, got {folder}; name another")
-    with _registry(tracking_uri) as client:
-        if parts["alias"]:
-            found = client.get_model_version_by_alias(parts["name"], parts["alias"])
-        else:
-            found = client.get_model_version(parts["name"], parts["version"])
-        if "bundle_sha256" not in found.tags:
-            raise UserError(f"{uri} is not a registered bundle; register one with `medgen registry register`")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # beside the target, so that it appears there whole or not at all
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as download:
-            source = f"models:/{found.name}/{found.version}/artifacts/bundle"
-            bundle = Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=download))
-            _verify_checksums(bundle, uri, found.tags["bundle_sha256"])
-            os.replace(bundle, folder)
+    with _found(uri, tracking_uri) as version:
+        _download(version, uri, folder)
+    return folder
+
+
+def fetch(uri: str, cache_dir: str | Path, tracking_uri: str | None = None) -> Path:
+    """A registered bundle in a cache, pulled if it is not there: to read, not to change.
+
+    Args:
+        uri: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
+        cache_dir: folder of the cache, made if need be; bundles lie in it under their checksums.
+        tracking_uri: ``sqlite:////path/mlflow.db`` or the address of a server; default: MLFLOW_TRACKING_URI.
+
+    Returns:
+        the bundle's folder.
+
+    Raises:
+        UserError: no such model, or the files are not those that were registered.
+    """
+    with _found(uri, tracking_uri) as version:
+        digest = version.tags["bundle_sha256"]
+        if not re.fullmatch(r"[0-9a-f]{64}", digest):  # it names a folder, and comes from elsewhere
+            raise UserError(f"the checksum of {uri} must be a SHA-256, got {digest!r:.80}; do not use this version")
+        folder = Path(cache_dir).resolve() / digest
+        logger.info(f"{uri} is version {version.version} of {version.name}, in {folder}")
+        if not folder.is_dir():
+            try:
+                _download(version, uri, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
+        try:
+            _verify_checksums(folder, uri, digest)
+        except UserError as error:
+            raise UserError(f"{error}: the copy in {folder}; delete that folder to fetch it again") from error
     return folder
 
 
@@ -209,6 +230,32 @@ def list_models(tracking_uri: str | None = None) -> list[RegisteredBundle]:
                 )
             )
     return sorted(versions, key=lambda v: (v.name, v.version))
+
+
+@contextlib.contextmanager
+def _found(uri: str, tracking_uri: str | None) -> Iterator[ModelVersion]:
+    """The registered bundle of that URI, while its registry is MLflow's."""
+    parts = _MODEL_URI.fullmatch(uri)
+    if parts is None:
+        raise UserError(f"a registered bundle is named models:/NAME@ALIAS or models:/NAME/VERSION, got {uri}")
+    with _registry(tracking_uri) as client:
+        if parts["alias"]:
+            version = client.get_model_version_by_alias(parts["name"], parts["alias"])
+        else:
+            version = client.get_model_version(parts["name"], parts["version"])
+        if "bundle_sha256" not in version.tags:
+            raise UserError(f"{uri} is not a registered bundle; register one with `medgen registry register`")
+        yield version
+
+
+def _download(version: ModelVersion, uri: str, folder: Path) -> None:
+    """Fetch and verify; the folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as download:
+        source = f"models:/{version.name}/{version.version}/artifacts/bundle"
+        bundle = Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=download))
+        _verify_checksums(bundle, uri, version.tags["bundle_sha256"])
+        os.replace(bundle, folder)
 
 
 def _check_name(what: str, name: str) -> None:

@@ -328,6 +328,6 @@ def test_projection_settings_are_the_same_everywhere():
         assert {n: config.get(n) for n in shared if n not in own | missing} == {
             n: v for n, v in shared.items() if n not in own | missing
         }
-    for name in ("loss", "inferer"):
+    for name in ("loss", "projector", "encoder_def", "inferer"):
         nested = json.dumps(evaluate["project"][name]).replace("@project#", "@")
         assert json.loads(nested) == project[name] == inference[name]

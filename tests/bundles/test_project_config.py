@@ -19,8 +19,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from running import assert_one_line, command, finish, run, start
 
+from medgen.data.image_set import file_sha256
 from medgen.losses import PixelMSSSIMLoss
-from medgen.networks import StyleGAN2Generator
+from medgen.networks import ConvNeXtEncoder, StyleGAN2Generator
+from medgen.sources import load_encoder
 from medgen.transforms import ProjectionRecord
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "stylegan2_anomaly"
@@ -286,6 +288,77 @@ def test_published_settings_are_the_defaults_of_the_config():
     parser.read_config(BUNDLE / "configs" / "project.json")
     published = {"space": "w", "steps": 1000, "initial_lr": 0.1, "noise_regularisation": 1e5, "seed": 303}
     assert {name: parser[name] for name in published} == published
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    """Bundle of an encoder for the tiny generator, whose estimates are far from the mean of w and from each other."""
+    definition = {
+        "image_size": 16,
+        "latent_shape": [1, 8],
+        "space": "w",
+        "size": "atto",
+        "patch": 2,
+        "layer_scale": 0.1,
+    }
+    torch.manual_seed(1)
+    network = ConvNeXtEncoder(**definition)
+    network.latent_std.fill_(5.0)
+    (folder / "encoder/configs").mkdir(parents=True)
+    (folder / "encoder/models").mkdir()
+    torch.save(network.state_dict(), folder / "encoder/models/model.pt")
+    record = {"generator_sha256": file_sha256(folder / "tiny.pt"), "space": "w"}
+    (folder / "encoder/models/trained_as.json").write_text(json.dumps(record))
+    config = {"side": 32, "network_def": {"_target_": "medgen.networks.ConvNeXtEncoder", **definition}}
+    config["network_def"]["image_size"] = "@side"
+    (folder / "encoder/configs/inference.json").write_text(json.dumps(config))
+    (folder / "encoder/configs/small.json").write_text(json.dumps({"side": 16}))
+    return {"encoder": str(folder / "encoder"), "encoder_overlay": "small.json"}
+
+
+@pytest.mark.parametrize("config", ["project", "inference", "evaluate"])
+def test_projection_starts_where_the_encoder_says(config, folder, encoder, datalist, tmp_path):
+    names = [item["image"] for item in json.loads(datalist.read_text())["training"]]
+    shutil.copytree(datalist.parent, tmp_path / "in")
+    for name in names:  # of the generator's size, so that nothing resizes them
+        Image.open(datalist.parent / name).resize((16, 16)).save(tmp_path / "in" / name)
+    settings = {"config": config, "steps": 1, **encoder}  # a single step leaves w where it starts
+    run(make(folder, tmp_path / "out", tmp_path / "in/datalist.json", **settings))
+    network = load_encoder(encoder["encoder"], encoder["encoder_overlay"])
+    for name in names:
+        record = ProjectionRecord(tmp_path / "out/projections" / f"{Path(name).stem}.npz")
+        image = torch.from_numpy(np.asarray(Image.open(tmp_path / "in" / name), np.float32) / 255)
+        expected = network(image[None, None])[0].expand(6, -1)
+        torch.testing.assert_close(torch.from_numpy(record.w), expected, rtol=1e-4, atol=1e-4)
+        assert record.settings["encoder_sha256"] == file_sha256(Path(encoder["encoder"]) / "models/model.pt")
+
+
+def test_projections_from_the_encoder_and_from_the_mean_are_not_mixed(folder, encoder, datalist, tmp_path):
+    run(make(folder, tmp_path / "out", datalist, steps=1))
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make(folder, tmp_path / "out", datalist, steps=1, resume=True, **encoder))
+    assert_one_line(caught.value, r"was made with encoder_sha256 None, this run has \w{64}; resume with")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"encoder": "absent"},
+            "encoder must be a bundle's folder, models:/NAME@ALIAS .*, no folder at absent; .*--encoder",
+        ),
+        ({"encoder_overlay": None}, r"the images of the encoder must be \(1, 16, 16\) .*, got \(1, 32, 32\); "),
+        ({"encoder_weights": "absent.pt"}, r"no weights of the encoder at absent\.pt; .*--encoder_weights"),
+        ({"encoder": "models:/encoder@best"}, "encoder models:/encoder@best is in a registry, and none is named"),
+        ({"model_path": "absent.pt"}, r"no weights of a generator at absent\.pt"),
+        ({"overlay": "classes"}, r"generator_sha256 must be \w+ as in the training of .*encoder/models/model\.pt, got"),
+    ],
+)
+def test_mistakes_with_an_encoder_are_one_line(overrides, message, folder, encoder, datalist, tmp_path):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        make(folder, tmp_path / "out", datalist, **{**encoder, **overrides}).initialize()
+    assert_one_line(caught.value, message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_config_has_the_properties_that_monai_asks_for(folder, datalist, tmp_path):
