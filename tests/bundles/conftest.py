@@ -59,15 +59,34 @@ def ingredients(datalist: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """Settings of what a bundle's training cannot begin without, beside a datalist; made on first use.
 
     For a bundle with latents: an autoencoder (of random weights), the latents of the data, a text encoder, and samples.
+    For one that inverts a generator: a generator and an encoder of random weights.
     """
     import torch
     from monai.bundle import ConfigParser, ConfigWorkflow
 
     made: dict[Path, dict[str, str]] = {}
 
+    def inverted(bundle: Path) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("ingredients")
+        torch.manual_seed(0)
+        of_generator = [str(bundle.parent / "cxr_pggan" / "configs" / f"{name}.json") for name in ("inference", "demo")]
+        generator = ConfigParser(ConfigParser.load_config_files(of_generator)).get_parsed_content("network_def")
+        torch.save(generator.state_dict(), folder / "generator.pt")
+        parser = ConfigParser(
+            ConfigParser.load_config_files([str(bundle / "configs" / f"{name}.json") for name in ("train", "demo")])
+        )
+        torch.save(parser.get_parsed_content("network_def").state_dict(), folder / "encoder.pt")
+        return {
+            "generator": str(bundle.parent / "cxr_pggan"),
+            "generator_weights": str(folder / "generator.pt"),
+            "initial_weights": str(folder / "encoder.pt"),
+        }
+
     def of(bundle: Path) -> dict[str, str]:
         if bundle in made:
             return made[bundle]
+        if (bundle / "configs" / "train_bootstrap.json").is_file():
+            return made.setdefault(bundle, inverted(bundle))
         encode = bundle / "configs" / "encode.json"
         if not encode.is_file():
             return made.setdefault(bundle, {})
@@ -122,7 +141,7 @@ def workflow(datalist: Path, ingredients: Callable[[Path], dict[str, str]]) -> C
             config_file,
             logging_file=False,  # it would take pytest's handlers off
             tracking=tracking,
-            workflow_type="train" if config == "train" else "infer",
+            workflow_type="train" if config.startswith("train") else "infer",
             **settings,
         )
 

@@ -6,6 +6,7 @@ from medgen.handlers.animation import AnimationWriter, GridWriter, check_animati
 from medgen.handlers.anomaly import DetectionFigures, ScoresCSV, reconstruction_metrics
 from medgen.handlers.checkpoint import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
 from medgen.handlers.companions import ModelCompanions, check_trained_as
+from medgen.handlers.embedding import EmbeddingWriter, inversion_metrics
 from medgen.handlers.generator_metrics import GeneratorMetrics
 from medgen.handlers.growth import LevelSaver
 from medgen.handlers.latents import LatentWriter
@@ -22,6 +23,7 @@ __all__ = [
     "BestModelSaver",
     "DetectionFigures",
     "DiffusionGrid",
+    "EmbeddingWriter",
     "GeneratorMetrics",
     "GridWriter",
     "LatentWriter",
@@ -42,6 +44,7 @@ __all__ = [
     "atomic_save",
     "check_animation_name",
     "check_trained_as",
+    "inversion_metrics",
     "reconstruction_metrics",
     "save_grid",
     "save_loss_curves",

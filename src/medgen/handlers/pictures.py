@@ -56,16 +56,22 @@ class ReconstructionGrid:
         count: images in a row.
         total: images of the run, from which ``count`` are taken evenly, so that of a list in the order of its classes
             each is seen; None takes the first.
+        between: keys of further images, a row each between originals and reconstructions.
     """
 
     def __init__(
-        self, folder: str | Path, name: str = "epoch_{epoch:04d}", count: int = 8, total: int | None = None
+        self,
+        folder: str | Path,
+        name: str = "epoch_{epoch:04d}",
+        count: int = 8,
+        total: int | None = None,
+        between: Sequence[str] = (),
     ) -> None:
         self.folder, self.name, self.count = Path(folder), name, count
+        self.keys = ("image", *between, "pred")
         self._shown = set(range(count)) if total is None else set(np.linspace(0, total - 1, count).round().tolist())
         self._seen = 0
-        self._images: list[torch.Tensor] = []
-        self._reconstructions: list[torch.Tensor] = []
+        self._rows: list[list[torch.Tensor]] = [[] for _ in self.keys]
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator."""
@@ -75,23 +81,23 @@ class ReconstructionGrid:
 
     def start(self, engine: Engine) -> None:
         """Forget the images of the run before."""
-        self._images, self._reconstructions, self._seen = [], [], 0
+        self._rows, self._seen = [[] for _ in self.keys], 0
 
     def collect(self, engine: Engine) -> None:
         """Keep those images of a batch that will be shown."""
         for item in engine.state.output:
             if self._seen in self._shown:
-                self._images.append(torch.as_tensor(item["image"]).cpu())
-                self._reconstructions.append(torch.as_tensor(item["pred"]).cpu())
+                for row, key in zip(self._rows, self.keys, strict=True):
+                    row.append(torch.as_tensor(item[key]).cpu())
             self._seen += 1
 
     def write(self, engine: Engine) -> None:
         """Write the picture."""
-        if idist.get_rank() > 0 or not self._images:
+        if idist.get_rank() > 0 or not self._rows[0]:
             return
-        image, pred = _padded_stack(self._images), _padded_stack(self._reconstructions).float()
+        rows = [_padded_stack(row).float() for row in self._rows]
         path = self.folder / f"{self.name.format(epoch=engine.state.epoch)}.png"
-        save_grid([image, pred, 4 * (image - pred).abs()], path)
+        save_grid([*rows, 4 * (rows[0] - rows[-1]).abs()], path)
 
 
 def _padded_stack(images: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from medgen.inferers.optimisation import LatentOptimiser
 from medgen.inferers.projection import StyleGAN2Projector
 from medgen.output import atomic_file
 from medgen.transforms.save_projection import ProjectionRecord
@@ -39,7 +40,7 @@ class ProjectionProgress:
         log_seconds: seconds between lines where there is no terminal.
     """
 
-    def __init__(self, projector: StyleGAN2Projector, total: int, log_seconds: float = 10.0) -> None:
+    def __init__(self, projector: StyleGAN2Projector | LatentOptimiser, total: int, log_seconds: float = 10.0) -> None:
         self.projector, self.total, self.log_seconds = projector, total, log_seconds
         self.bar: tqdm | None = None
         self._images = self._batch = self._to_do = 0
@@ -106,7 +107,7 @@ class ProjectionProgress:
         raise error
 
 
-def save_loss_curves(path: str | Path, records: Sequence[str | Path]) -> None:
+def save_loss_curves(path: str | Path, records: Sequence[str | Path], label: str = "loss, w disturbed") -> None:
     """Draw the loss of projections over their steps as a PNG.
 
     Up to 32 images have a line each; of more, the median and the band from the 5th to the 95th percentile are drawn,
@@ -115,11 +116,12 @@ def save_loss_curves(path: str | Path, records: Sequence[str | Path]) -> None:
     Args:
         path: the PNG.
         records: files that :class:`~medgen.transforms.SaveProjectiond` wrote.
+        label: of the losses.
     """
     chosen = records[:: -(-len(records) // MOST_CURVES)]
     curves = np.stack([ProjectionRecord(record).loss_curve for record in chosen])
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, w disturbed", yscale="log")
+    axes = figure.add_subplot(xlabel="step", ylabel=label, yscale="log")
     steps = np.arange(1, curves.shape[1] + 1)
     if len(curves) <= SINGLE_CURVES:
         axes.plot(steps, curves.T, linewidth=0.7)

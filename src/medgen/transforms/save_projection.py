@@ -19,6 +19,7 @@ from monai.utils import TransformBackends, convert_to_numpy
 
 from medgen.data.datalist import printable, write_rejected
 from medgen.data.image_set import file_sha256
+from medgen.data.synthetic_set import weights_sha256
 from medgen.errors import UserError
 from medgen.output import atomic_file
 from medgen.transforms.save import SaveArray, SavePNG
@@ -91,7 +92,9 @@ def _read(path: Path, *names: str) -> dict[str, np.ndarray] | None:
 
 
 class SaveProjectiond(MapTransform):
-    """Write what a :class:`~medgen.inferers.StyleGAN2Projector` found for an image as one ``.npz`` without pickles.
+    """Write what a projector found for an image as one ``.npz`` without pickles.
+
+    Projectors are :class:`~medgen.inferers.StyleGAN2Projector` and :class:`~medgen.inferers.LatentOptimiser`.
 
     Arrays ``w`` (L, W), ``noise_0`` … (H, W) from the smallest map, ``loss_curve`` (steps,), ``steps``, ``distance``
     and two JSON texts: ``settings``, and ``source`` with the SHA-256 of the image's file and its label. Maps that were
@@ -102,7 +105,8 @@ class SaveProjectiond(MapTransform):
         output_dir: folder to write below; made where missing.
         settings: plain values that a projection depends on, the size of the batch among them; records of other
             settings are not resumed.
-        model_path: weights of the generator; the file's SHA-256 becomes one of the settings.
+        model_path: weights of the generator; the file's SHA-256 becomes one of the settings. None: ``settings`` say
+            already whose the latents are.
         data_root: see :class:`~medgen.transforms.SavePNG`.
         inputs: see :class:`~medgen.transforms.SavePNG`.
         image_key: key of the image, whose file names the record.
@@ -119,7 +123,7 @@ class SaveProjectiond(MapTransform):
         self,
         output_dir: str | PathLike[str],
         settings: Mapping[str, Any],
-        model_path: str | PathLike[str],
+        model_path: str | PathLike[str] | None,
         data_root: str | PathLike[str] = "",
         inputs: Sequence[str | PathLike[str]] = (),
         image_key: str = "image",
@@ -130,7 +134,7 @@ class SaveProjectiond(MapTransform):
         super().__init__(image_key)
         self.names = RecordName(output_dir, data_root, inputs=inputs)
         self.pictures = None if reconstruction_dir is None else SavePNG(reconstruction_dir, data_root, inputs=inputs)
-        self.model_path, self.label_key = Path(model_path), label_key
+        self.model_path, self.label_key = model_path, label_key
         self.save_noise = save_noise and settings.get("optimise_noise", True)
         self._settings = dict(settings)
 
@@ -141,11 +145,9 @@ class SaveProjectiond(MapTransform):
         Raises:
             UserError: no weights.
         """
-        if not self.model_path.is_file():
-            raise UserError(
-                f"no weights at {self.model_path}; train the bundle first, or name a file with --model_path"
-            )
-        own = {"save_noise": self.save_noise, "model_sha256": file_sha256(self.model_path)}
+        own = {"save_noise": self.save_noise}
+        if self.model_path is not None:
+            own["model_sha256"] = weights_sha256(self.model_path)
         return self._settings | own
 
     def origin(self) -> str:
