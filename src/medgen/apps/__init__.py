@@ -1,0 +1,30 @@
+"""Uses of an embedding: what latents of real images are good for.
+
+Importing this package imports neither MONAI nor torch, which processes that compress images do without.
+"""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "compression": [
+            "JPEG",
+            "JPEG2000",
+            "check_bits",
+            "check_space",
+            "compress",
+            "decode_latents",
+            "encode_latents",
+            "fit_bytes",
+        ],
+        "directions": ["Directions", "ganspace", "move", "orthogonalise", "sefa"],
+        "disentanglement": ["disentangle"],
+        "factor_scores": ["factor_scores", "FactorScores"],
+        "manipulation": ["changed_region", "manipulate", "parse_strengths"],
+        "probes": ["Factor", "find_factors", "fit_probe", "Probe"],
+        "stylisation": ["StylisedSet", "select_images"],
+    },
+)
