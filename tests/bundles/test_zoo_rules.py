@@ -281,7 +281,10 @@ def network(bundle, tmp_path_factory):
         parameter.data += 0.02 * torch.randn_like(parameter)
     torch.save(net.state_dict(), folder / "model.pt")
     image = read_json(bundle / "configs" / "metadata.json")["network_data_format"]["inputs"]["image"]
-    x = torch.rand(2, image["num_channels"], *_get_fake_spatial_shape(image["spatial_shape"], **UNKNOWNS))
+    size = _get_fake_spatial_shape(image["spatial_shape"], **UNKNOWNS)
+    if image["spatial_shape"] and all(isinstance(side, int) for side in image["spatial_shape"]):
+        size = net.image_size  # one that is fixed is the default config's; the demo has its own
+    x = torch.rand(2, image["num_channels"], *size)
     more = more_inputs(bundle, 2, "inference", "demo")
     with torch.no_grad():
         y = net(x, **more)
