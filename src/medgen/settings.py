@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence, Sized
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
@@ -28,6 +29,7 @@ __all__ = [
     "check_positive",
     "check_whole",
     "flag",
+    "optional",
 ]
 
 
@@ -89,6 +91,11 @@ def flag(value: bool | str) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise UserError(f"a switch must be true or false, got {value!r}")
+
+
+def optional(value: Any) -> Any:
+    """A setting that may be left empty: ``--initial_weights null`` of the command line arrives as the text "null"."""
+    return None if isinstance(value, str) and value.lower() in ("", "none", "null") else value
 
 
 def check_device(device: torch.device | str) -> None:

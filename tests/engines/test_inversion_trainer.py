@@ -177,9 +177,11 @@ def test_deltas_join_one_by_one():
 
 def test_length_of_the_deltas_counts_in_units_of_their_deviation():
     given = parts("w+")
-    given["encoder"].stage = 3
+    engine = inversion(given, epochs=1, delta_weight=0.5)
     generator, encoder = given["generator"], copy.deepcopy(given["encoder"])
-    step = outputs(inversion(given, epochs=1, delta_weight=0.5))[0]
+    step = outputs(engine)[0]
+
+    assert encoder.stage == 7  # without a schedule all deltas take part from the start
 
     latents = encoder(step["image"])
     length = sum(((latents[:, i] - latents[:, 0]) / generator.std).norm(dim=1) for i in range(1, 8)).mean()

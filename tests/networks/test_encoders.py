@@ -184,4 +184,4 @@ def test_latent_discriminator_judges_each_style_by_itself():
 
     torch.testing.assert_close(judge(styles)[1:2], judge(styles[1:2]))
     assert judge(styles).shape == (5, 1)
-    assert sum(isinstance(layer, torch.nn.LeakyReLU) for layer in judge.layers) == 4
+    assert sum(isinstance(layer, torch.nn.LeakyReLU) for layer in judge.layers) == 3

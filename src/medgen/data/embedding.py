@@ -175,10 +175,11 @@ def _as_table(items: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
         row = {"index": index, "image": printable(item["image"])}
         row |= {name: item[name] for name in FIELDS if item.get(name) is not None}
         if "labels" in row:
-            broken = [label for label in row["labels"] if "|" in label]
+            labels = [str(label) for label in row["labels"]]
+            broken = [label for label in labels if "|" in label]
             if broken:
                 raise UserError(f"a label must not have the sign |, got {broken[0]!r}; rename it in the datalist")
-            row["labels"] = "|".join(row["labels"]) or "[]"
+            row["labels"] = "|".join(labels) or "[]"
         # figures: neither infinity (the PSNR of equal images) nor NaN is one
         figures = {name: value for name, value in item.items() if name != "image" and name not in FIELDS}
         rows.append(row | {name: value for name, value in figures.items() if math.isfinite(value)})

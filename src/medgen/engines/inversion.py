@@ -6,12 +6,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.engines.utils import default_prepare_batch
 from monai.utils.enums import CommonKeys as Keys
 from torch import nn
 
+from medgen.data.stream import derive_seed
 from medgen.engines.trainer import GenerativeTrainer
 from medgen.errors import UserError
 from medgen.inferers.inversion import draw_pairs
@@ -152,18 +154,23 @@ class StylePool(nn.Module):
         self.register_buffer("styles", torch.zeros(size, width))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
-    def exchange(self, styles: torch.Tensor) -> torch.Tensor:
-        """(N, D) styles to as many, some of them older; random numbers are torch's own, of the CPU."""
+    def exchange(self, styles: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """(N, D) styles to as many, some of them older.
+
+        Args:
+            styles: of this step.
+            generator: of random numbers, on the CPU; None for torch's own.
+        """
         size, count = len(self.styles), int(self.count)
         # their order is random, so that a batch with more styles than fit leaves some of each image
-        rows = torch.randperm(len(styles)).to(styles.device)
+        rows = torch.randperm(len(styles), generator=generator).to(styles.device)
         if count < size:
             kept = rows[: size - count]
             self.styles[count : count + len(kept)] = styles[kept]
             self.count.fill_(count + len(kept))
             return styles
         exchanged = rows[: min(len(styles), size) // 2]
-        places = torch.randperm(size)[: len(exchanged)].to(styles.device)
+        places = torch.randperm(size, generator=generator)[: len(exchanged)].to(styles.device)
         out = styles.clone()
         out[exchanged] = self.styles[places]
         self.styles[places] = styles[exchanged]
@@ -180,6 +187,7 @@ class InversionTrainer(EncoderTrainer):
     ``state.output[0]`` holds ``image`` and ``pred`` in [0, 1], ``loss``, ``distance`` and what terms there are.
 
     Args:
+        device: where the networks are.
         train_data_loader: batches with ``image`` (B, C, H, W) in [0, 1].
         loss: distance of images.
         delta_weight: weight of the deltas' mean length, in units of the latents' deviation.
@@ -189,7 +197,7 @@ class InversionTrainer(EncoderTrainer):
         r1_gamma: of its R1 penalty.
         r1_interval: steps from one R1 penalty to the next.
         pool_size: of :class:`StylePool`.
-        progressive_start: images before the first delta joins; None leaves the encoder's stage as it is.
+        progressive_start: images before the first delta joins; None: all take part from the start.
         progressive_images: images from one delta to the next.
         prepare_batch: as in :class:`monai.engines.Trainer`.
         components: more parts of the state, beside networks and optimisers.
@@ -202,6 +210,7 @@ class InversionTrainer(EncoderTrainer):
     def __init__(
         self,
         *,
+        device: torch.device | str,
         loss: ProjectionLoss,
         delta_weight: float = 0.0,
         latent_discriminator: LatentDiscriminator | None = None,
@@ -230,8 +239,18 @@ class InversionTrainer(EncoderTrainer):
         self.latent_discriminator, self.d_optimizer = latent_discriminator, d_optimizer
         self.r1_gamma, self.r1_interval = r1_gamma, r1_interval
         self.progressive_start, self.progressive_images = progressive_start, progressive_images
-        self.pool = None if latent_discriminator is None else StylePool(pool_size, encoder.latent_shape[1])
+        if delta_weight and encoder.latent_shape[0] == 1:
+            raise UserError(
+                f"delta_weight must be 0 for an encoder of one style, which has no deltas, got {delta_weight}; leave "
+                "it out"
+            )
+        if isinstance(encoder, PyramidEncoder) and progressive_start is None:
+            encoder.stage = encoder.latent_shape[0] - 1
+        self.pool = None
+        if latent_discriminator is not None:
+            self.pool = StylePool(pool_size, encoder.latent_shape[1]).to(device)
         super().__init__(
+            device=device,
             prepare_batch=prepare_batch,
             components={
                 "latent_discriminator": latent_discriminator,
@@ -265,7 +284,7 @@ class InversionTrainer(EncoderTrainer):
             loss = loss + self.delta_weight * length
         if self.latent_discriminator is not None:
             self.latent_discriminator.requires_grad_(False)
-            adversarial = generator_loss(self.latent_discriminator(self._standardised(latents)))
+            adversarial = generator_loss(self.latent_discriminator(self._standardised(self._distinct(latents))))
             self.latent_discriminator.requires_grad_(True)
             scalars["adversarial"] = adversarial.detach()
             loss = loss + self.adversarial_weight * adversarial
@@ -284,9 +303,20 @@ class InversionTrainer(EncoderTrainer):
         joined = 1 + (before - self.progressive_start) // self.progressive_images
         return min(joined, self.encoder.latent_shape[0] - 1)
 
+    def _distinct(self, latents: torch.Tensor) -> torch.Tensor:
+        """The styles that are not copies of the first: those whose deltas are in use."""
+        return latents[:, : self.encoder.stage + 1] if isinstance(self.encoder, PyramidEncoder) else latents
+
+    def _pooled(self, styles: torch.Tensor) -> torch.Tensor:
+        """This process's styles, some exchanged: all processes keep one pool, which a checkpoint can hold."""
+        rank, size = idist.get_rank(), idist.get_world_size()
+        gathered = idist.all_gather(styles.contiguous()) if size > 1 else styles
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, 7, self.images_seen))
+        return self.pool.exchange(gathered, generator).chunk(size)[rank]
+
     def _standardised(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B · L, D) in units of the latents' deviation."""
-        return ((latents - self.generator.mean) / self.generator.std).flatten(0, 1)
+        """The first L styles (B, L, D) as (B · L, D), in units of the latents' deviation."""
+        return ((latents - self.generator.mean[: latents.shape[1]]) / self.generator.std).flatten(0, 1)
 
     def _train_discriminator(self, latents: torch.Tensor) -> torch.Tensor:
         count, generator = len(latents), self.generator
@@ -295,7 +325,7 @@ class InversionTrainer(EncoderTrainer):
         with torch.no_grad():
             real = generator.from_z(z, labels)
         # one style an image of the mapping network, whose styles are all the same, and all styles of the encoder
-        real, fake = self._standardised(real[:, :1]), self.pool.exchange(self._standardised(latents))
+        real, fake = self._standardised(real[:, :1]), self._pooled(self._standardised(self._distinct(latents)))
         penalise = self.r1_gamma and (self.state.iteration - 1) % self.r1_interval == 0
         real = real.requires_grad_(bool(penalise))
         logits = self.latent_discriminator(real)

@@ -93,7 +93,9 @@ def check_trained_as(model_path: str | Path, **settings: Any) -> None:
         raise UserError(f"{path} must hold the settings of a training, got {trained!r:.50}; delete it to go on without")
     for name, value in plain_json(settings).items():
         if name in trained and trained[name] != value:
+            remedy = "the settings, or the overlays, that it was trained with"
+            if name == "generator_sha256":
+                remedy = "the generator that it was trained for: --generator, --generator_weights"
             raise UserError(
-                f"{name} must be {trained[name]} as in the training of {model_path}, got {value}; use the settings, or "
-                "the overlays, that it was trained with"
+                f"{name} must be {trained[name]} as in the training of {model_path}, got {value}; use {remedy}"
             )

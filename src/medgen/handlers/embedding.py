@@ -63,7 +63,7 @@ class EmbeddingWriter:
     ) -> None:
         self.folder, self.items, self.generator = Path(folder), items, generator
         self.stage, self.data_root = stage, Path(data_root)
-        self._latents: list[np.ndarray] = []
+        self._latents, self._count = np.empty(0, np.float32), 0
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator."""
@@ -73,12 +73,14 @@ class EmbeddingWriter:
 
     def start(self, engine: Engine) -> None:
         """Forget the run before."""
-        self._latents = []
+        # at once: a list of 100,000 latents of W+ and the array made of it would take twice their memory
+        self._latents, self._count = np.empty((len(self.items), *self.generator.latent_shape), np.float32), 0
 
     def collect(self, engine: Engine) -> None:
         """Keep the latents of a batch."""
-        # copies: views would keep all images of the batch
-        self._latents += [convert_to_numpy(item["latent"]).astype(np.float32) for item in engine.state.output]
+        for item in engine.state.output:
+            self._latents[self._count] = convert_to_numpy(item["latent"])
+            self._count += 1
 
     def write(self, engine: Engine) -> None:
         """Write the embedding."""
@@ -94,7 +96,7 @@ class EmbeddingWriter:
             items.append(row | {name: values[number] for name, values in figures.items()})
         generator, encoder_sha256 = self.generator, getattr(engine.state, "model_sha256", "")
         embedding = Embedding(
-            np.stack(self._latents), items, generator.space, generator.sha256, encoder_sha256,
+            self._latents, items, generator.space, generator.sha256, encoder_sha256,
             convert_to_numpy(generator.mean), float(generator.std), self.stage,
         )  # fmt: skip
         embedding.write(self.folder)

@@ -39,13 +39,13 @@ STYLE_LEAK = 0.01  # of its style heads
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COARSE_STYLES, MIDDLE_STYLES = 3, 4  # e4e: styles 0 to 2 from the coarsest map, 3 to 6 from the next, the rest
 
-# widths of the four stages, and blocks in each
-CONVNEXT_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "atto":  ((40, 80, 160, 320),    (2, 2, 6, 2)),
-    "pico":  ((64, 128, 256, 512),   (2, 2, 6, 2)),
-    "tiny":  ((96, 192, 384, 768),   (3, 3, 9, 3)),
-    "small": ((96, 192, 384, 768),   (3, 3, 27, 3)),
-    "base":  ((128, 256, 512, 1024), (3, 3, 27, 3)),
+# widths of the four stages, blocks in each, and the largest probability that a block is skipped in training
+CONVNEXT_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
+    "atto":  ((40, 80, 160, 320),    (2, 2, 6, 2),  0.0),
+    "pico":  ((64, 128, 256, 512),   (2, 2, 6, 2),  0.0),
+    "tiny":  ((96, 192, 384, 768),   (3, 3, 9, 3),  0.1),
+    "small": ((96, 192, 384, 768),   (3, 3, 27, 3), 0.4),
+    "base":  ((128, 256, 512, 1024), (3, 3, 27, 3), 0.5),
 }  # fmt: skip
 
 
@@ -59,10 +59,10 @@ def _trunk(size: str, in_channels: int, patch: int, layer_scale: float, stages: 
     # torchvision refuses to load beside a torch of another release: only those who use an encoder need it
     from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-    widths, depths = CONVNEXT_SIZES[size]
+    widths, depths, skipped = CONVNEXT_SIZES[size]
     outputs = [*widths[1:stages], None]
     setting = [CNBlockConfig(*row) for row in zip(widths[:stages], outputs, depths[:stages], strict=True)]
-    trunk = ConvNeXt(setting, layer_scale=layer_scale, num_classes=1).features
+    trunk = ConvNeXt(setting, skipped, layer_scale, num_classes=1).features
     stem = nn.Conv2d(in_channels, widths[0], patch, stride=patch)
     nn.init.trunc_normal_(stem.weight, std=0.02)
     nn.init.zeros_(stem.bias)
@@ -218,6 +218,11 @@ def begin_encoder(
     if pretrained_weights is not None:
         network.load_pretrained(pretrained_weights)
     if weights is not None:
+        if not Path(weights).is_file():
+            raise UserError(
+                f"no weights of the first stage at {weights}; train it with train_bootstrap.json, name them with "
+                "--initial_weights, or do without them: --initial_weights null"
+            )
         state = read_state_dict(weights)
         check_same_shapes(str(weights), network.state_dict(), state)
         network.load_state_dict(state)
@@ -392,7 +397,7 @@ def _read_stage(encoder: PyramidEncoder, _: Any) -> None:
 
 
 class LatentDiscriminator(nn.Module):
-    """Whether a style is one that the mapping network makes: e4e, section 4.2, four hidden layers of 512.
+    """Whether a style is one that the mapping network makes: e4e, section 4.2, four layers, three of them of 512.
 
     Args:
         width: D.
@@ -400,7 +405,7 @@ class LatentDiscriminator(nn.Module):
         layers: hidden layers.
     """
 
-    def __init__(self, width: int, hidden: int = 512, layers: int = 4) -> None:
+    def __init__(self, width: int, hidden: int = 512, layers: int = 3) -> None:
         super().__init__()
         widths = [width, *[hidden] * layers]
         parts = []

@@ -67,7 +67,7 @@ class LatentGenerator(nn.Module):
     points on the sphere ``mean(z²) = 1``, with the one-hot class, if there are any, as further numbers. ``w`` and
     ``w+``: of StyleGAN2, where a class has done its work in the mapping from z.
 
-    It stays in evaluation mode and takes no gradient: :meth:`train` and ``requires_grad`` change nothing.
+    Its weights take no gradient, and it stays in evaluation mode, whatever :meth:`train` is told.
 
     Args:
         network: the generator.
