@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from medgen.apps import JPEG, JPEG2000, compress, decode_latents, encode_latents, fit_bytes
-from medgen.apps.compression import RANGES, check_bits
+from medgen.apps.compression import RANGES, check_bits, check_further, select_split
 from medgen.data import Embedding
 from medgen.errors import UserError
 from medgen.networks import LatentGenerator, PGGANGenerator
@@ -188,7 +189,7 @@ def test_budget_is_kept_and_used(kind, bare):
         found = fit_bytes(codec, pixels, budget)
         assert found.fits
         assert len(found.code) <= budget
-        if found.quality < codec.qualities(budget)[1]:
+        if found.quality < codec.qualities(budget)[0][1]:
             assert len(codec.encode(pixels, found.quality + 1)) > budget
         errors.append(np.square(codec.decode(found.code).astype(float) - pixels).mean())
     assert errors == sorted(errors, reverse=True)
@@ -202,6 +203,46 @@ def test_budget_below_a_codecs_floor_gives_its_smallest_code_and_says_so(kind):
     assert not found.fits
     smallest = min(len(codec.encode(pixels, quality)) for quality in range(1, 60))
     assert len(found.code) == smallest > 100
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 64, 3)])
+def test_jpeg_2000_is_lossless_once_that_fits(bare, shape):
+    codec = JPEG2000(shape, bare)
+    pixels = picture() if len(shape) == 2 else np.stack([picture(), 255 - picture(), picture() // 2], 2)
+    lossless = len(codec.encode(pixels, 0))
+
+    np.testing.assert_array_equal(codec.decode(fit_bytes(codec, pixels, lossless).code), pixels)
+    assert (codec.decode(fit_bytes(codec, pixels, lossless - 1).code) != pixels).any()
+
+
+def test_packets_of_jpeg_2000_never_begin_with_the_mark_of_lossless_ones():
+    codec = JPEG2000((64, 64), bare=True)
+    pixels = [picture(), np.zeros((64, 64), np.uint8), np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)]
+    codes = [codec.encode(each, size) for each in pixels for size in (1, 2, 5, 20, 100, 1000, 4000)]
+
+    assert not any(code.startswith(b"\1") for code in codes)
+    assert {len(each) for each in (codec.encode(pixels[0], 0), JPEG2000((64, 64)).encode(pixels[0], 0))} != {0}
+
+
+def test_jpeg_goes_up_to_quality_100():
+    codec, pixels = JPEG((64, 64)), picture()
+    assert fit_bytes(codec, pixels, 64 * 64).quality == 100
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_colours_of_a_jpeg_have_full_resolution_where_that_is_closer(bare):
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2, 0], stripes[:, 1::2, 2] = 255, 255  # red and blue columns: 4:2:0 makes them one violet
+    codec = JPEG(stripes.shape, bare)
+    found = fit_bytes(codec, stripes, 6000)
+
+    assert found.quality > 128
+    buffer = io.BytesIO()
+    Image.fromarray(stripes).save(buffer, "JPEG", quality=found.quality - 128, subsampling=0)
+    np.testing.assert_array_equal(codec.decode(found.code), np.array(Image.open(io.BytesIO(buffer.getvalue()))))
+    smooth = np.repeat(picture()[..., None], 3, axis=2)
+    assert fit_bytes(codec, smooth, 1500).fits
 
 
 def test_codes_of_other_budgets_are_used_again():
@@ -286,6 +327,58 @@ def test_figures_are_written_with_their_intervals_and_origin(outcome, generator)
             assert min(image.size) > 400
 
 
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        ([0.5], "further must be a whole number of at least 1, got 0.5; set --further"),
+        ([2, 0], "further must be a whole number of at least 1, got 0"),
+        (["2"], "further must be a whole number of at least 1, got '2'"),
+        (4, "further must be a list such as .*, got 4"),
+        ("2,4", "further must be a list"),
+    ],
+)
+def test_multiples_that_are_none_are_refused_before_anything_is_made(generator, tmp_path, further, message):
+    embedding = embedding_of(generator)
+    with pytest.raises(UserError, match=message):
+        compress(embedding, generator, originals_of(generator, embedding), tmp_path, further=further)
+    assert not any(tmp_path.iterdir())
+    check_further([])
+
+
+def test_budgets_of_the_pixels_themselves_are_left_out(generator, tmp_path):
+    embedding = embedding_of(generator, n=2)
+    originals = originals_of(generator, embedding)
+    figures = compress(embedding, generator, originals, tmp_path, bits=[8], further=[255, 256, 1000])
+
+    rows = list(csv.DictReader((tmp_path / "compression.csv").open()))
+    assert {row["setting"] for row in rows} == {"8bit", "255x"}  # of 64 x 64 bytes; the latent has 16
+    assert (figures["jpeg2000_at_255x_lossless"], figures["jpeg2000_at_255x_psnr"]) == (1, None)
+
+
+def test_images_of_one_split_are_chosen(generator):
+    embedding = embedding_of(generator)
+    splits = ["training", "test", "training", "test"]
+    items = [{**item, "split": split} for item, split in zip(embedding.items, splits, strict=True)]
+    known = replace(embedding, items=items)
+
+    chosen = select_split(known, "test")
+    assert [item["image"] for item in chosen.items] == ["images/1.png", "images/3.png"]
+    np.testing.assert_array_equal(chosen.latents, embedding.latents[[1, 3]])
+    assert select_split(known, "all") is known
+    for wrong, there in ((known, "test, training"), (embedding, "unknown")):
+        with pytest.raises(UserError, match=f"no image of the split 'val' .* splits are: {there}; .* --split all"):
+            select_split(wrong, "val")
+
+
+def test_split_of_each_image_is_in_the_table(generator, tmp_path):
+    embedding = embedding_of(generator, n=2)
+    known = replace(embedding, items=[{**item, "split": "test"} for item in embedding.items])
+    figures = compress(known, generator, originals_of(generator, embedding), tmp_path, bits=[8], further=[])
+
+    assert (figures["split"], figures["n"]) == ("test", 2)
+    assert {row["split"] for row in csv.DictReader((tmp_path / "compression.csv").open())} == {"test"}
+
+
 def test_bad_input_is_told_in_one_line(generator, tmp_path):
     embedding = embedding_of(generator)
     originals = originals_of(generator, embedding)
@@ -294,6 +387,11 @@ def test_bad_input_is_told_in_one_line(generator, tmp_path):
         (embedding_of(generator, generator_sha256="cd" * 32), originals, "belong to the generator cdcdcdcdcdcd, this"),
         (embedding_of(generator, space="w"), originals, "space w, the generator was loaded for z; set --space w"),
         (embedding_of(generator, n=0), [], "at least one latent, got none"),
+        (
+            replace(embedding, latents=embedding.latents[:, :, :8], mean=embedding.mean[:, :8]),
+            originals,
+            r"shape \(1, 16\), those of the embedding \(1, 8\); make the embedding anew",
+        ),
         (embedding, originals[:3], "got 3 images for 4 latents"),
         (embedding, small, r"originals must be \(1, 64, 64\) for this generator, got \(1, 32, 64\)"),
     ):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from medgen.apps import disentanglement
 from medgen.apps.directions import Directions, ganspace, move, orthogonalise, sefa, unit
 from medgen.errors import UserError
 from medgen.networks import LatentGenerator, PGGANGenerator, StyleGAN2Generator
@@ -107,6 +108,17 @@ class TestDirections:
 
         with pytest.raises(UserError, match="directions"):
             Directions.read(tmp_path)
+
+    def test_name_that_is_there_already_is_refused(self, directions, latents):
+        with pytest.raises(UserError, match="names of directions must differ, got sefa_0 twice"):
+            directions.add("sefa_0", np.ones((2, 3)), latents)
+
+    def test_chance_is_an_adjusted_p_of_5_percent(self, latents):
+        directions = Directions("w+", "")
+        for name, record in {"read": {"p_adjusted": 0.049}, "chance": {"p_adjusted": 0.05}, "unknown": {}}.items():
+            directions.add(name, np.ones((2, 3)), latents, **record)
+
+        assert [name for name in directions.vectors if directions.is_chance(name)] == ["chance"]
 
     def test_one_latent_has_no_spread(self):
         with pytest.raises(UserError, match="takes latents that differ, got 1"):
@@ -274,9 +286,9 @@ class TestGANSpace:
             assert abs(unit(direction[0]) @ axes[:, number]) > 0.99
             assert share == pytest.approx(deviations[number] ** 2 / (deviations**2).sum(), rel=0.1)
 
-    def test_of_z_it_is_the_regression_from_the_components_of_the_first_block(self):
+    def test_of_z_it_is_the_regression_from_the_components_of_a_block(self):
         generator = pggan()
-        # a first block that is linear: the components of A z lead back to A's right singular vectors
+        # a block that is linear: the components of A z lead back to A's right singular vectors
         matrix = torch.from_numpy(np.random.default_rng(0).normal(size=(64, Z)) * 2.0 ** -np.arange(Z)).float()
 
         class Linear(torch.nn.Module):
@@ -285,7 +297,7 @@ class TestGANSpace:
 
         generator.network.blocks[0] = Linear()
 
-        found = ganspace(generator, 3, samples=20_000)
+        found = ganspace(generator, 3, samples=20_000, resolution=4)
 
         right = np.linalg.svd(matrix.numpy())[2]
         for number, (direction, _) in enumerate(found):
@@ -303,3 +315,65 @@ class TestGANSpace:
     def test_more_directions_than_there_are_is_refused(self):
         with pytest.raises(UserError, match=f"ganspace_components must be from 1 to {W}"):
             ganspace(stylegan("w"), W + 1, samples=100)
+
+    def test_features_are_those_of_the_resolution(self):
+        deep, last, first = (ganspace(pggan(), 1, samples=200, resolution=side)[0] for side in (None, 8, 4))
+
+        assert np.array_equal(deep[0], last[0])  # of a network of 8 pixels
+        assert not np.allclose(last[0], first[0])
+
+    def test_resolution_that_is_not_there_is_refused(self):
+        with pytest.raises(UserError, match="ganspace_resolution must be one of 4, 8, got 16"):
+            ganspace(pggan(), 1, samples=100, resolution=16)
+        with pytest.raises(UserError, match="ganspace_resolution must be null in the space w"):
+            ganspace(stylegan("w"), 1, samples=100, resolution=4)
+
+
+class TestPicture:
+    @pytest.fixture
+    def drawn(self, monkeypatch, tmp_path):
+        """Latents that are rendered for the picture of one direction that would change the class."""
+        generator, rendered = pggan(num_classes=2), []
+        random = np.random.default_rng(0)
+        with torch.no_grad():
+            z, classes = torch.from_numpy(random.normal(size=(40, Z))).float(), torch.arange(40) % 2
+            latents = generator.from_z(z, classes).numpy()
+        directions = Directions("z", "a" * 64)
+        directions.add_probe("mass", random.normal(size=(1, Z + 2)), 0.0, latents, kind="label", p_adjusted=0.01)
+
+        def render(generator, moved, batch_size):
+            rendered.append(moved)
+            return np.zeros((len(moved), 1, 8, 8))
+
+        monkeypatch.setattr(disentanglement, "render", render)
+        start, _ = disentanglement._start(None, generator, None, seed=3)
+        arguments = (directions, latents, start, "seed 3", generator, 4)
+        disentanglement._draw_directions(tmp_path / "directions.png", *arguments)
+        assert (tmp_path / "directions.png").is_file()
+        return start, rendered[0]
+
+    def test_class_is_kept(self, drawn):
+        start, moved = drawn
+
+        assert moved[..., Z:] == pytest.approx(np.broadcast_to(start[..., Z:], moved[..., Z:].shape), abs=1e-9)
+        assert np.abs(moved[:, 0, :Z] - start[:, :Z])[[0, -1]].max() > 0.5
+
+    def test_starts_on_the_sphere(self, drawn):
+        start, moved = drawn
+
+        assert (start**2).mean() == pytest.approx(1, rel=1e-5)
+        assert (moved**2).mean((1, 2)) == pytest.approx(1, rel=1e-5)
+
+
+class TestNames:
+    def test_metrics_of_one_name_are_refused(self):
+        with pytest.raises(UserError, match="metrics of Lung Mass and lung_mass would have one name"):
+            disentanglement._check_names(["Lung Mass", "lung_mass"], [], 0)
+        with pytest.raises(UserError, match="metrics of mass and mass low would have one name"):
+            disentanglement._check_names(["mass", "mass low"], [], 0)
+
+    def test_label_called_as_a_direction_is_refused(self):
+        for name in ("sefa_0", "ganspace_1"):
+            with pytest.raises(UserError, match=f"{name} is what a direction without a label is called"):
+                disentanglement._check_names([name], ["sefa_0"], 2)
+        disentanglement._check_names(["Effusion", "age", "ganspace_2"], ["sefa_0"], 2)

@@ -44,7 +44,7 @@ def test_unknown_method_and_too_few_latents_are_refused():
     [
         Factor("age", "age", AGES),
         Factor("age", "age", np.nan_to_num(AGES, nan=50)),
-        Factor("sex", "sex", np.array([0, 1, np.nan, 1])),
+        Factor("sex", "sex", np.array([0, 1, np.nan, 1]), ("F", "M")),
         Factor("mass", "label", np.array([0.0, 1, 0, 1])),
     ],
     ids=["age, one unknown", "age", "sex, one unknown", "label"],
@@ -60,6 +60,8 @@ def test_colours_are_those_of_a_scale_that_plotly_takes(factor):
     marker = go.Scatter(x=[0], y=[0], marker=found).marker
     assert marker.cmin <= min(marker.color) <= max(marker.color) <= marker.cmax
     assert np.isfinite(marker.color).all()
+    if factor.is_binary:
+        assert set(factor.classes) <= set(found["colorbar"]["ticktext"])
 
 
 def test_page_has_a_button_for_each_factor_and_names_as_text(tmp_path):
@@ -72,6 +74,7 @@ def test_page_has_a_button_for_each_factor_and_names_as_text(tmp_path):
 
     page = (tmp_path / "map.html").read_text()
     assert "<script src=" not in page
+    assert "identifiers, ages and sexes of patients: it is not for publication" in page
     assert "patient &lt;i&gt;p&lt;" in page
     assert "mean square error 0.01235" in page
     assert page.count('"method":"restyle"') == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -12,7 +14,15 @@ import torch
 from PIL import Image
 
 from medgen.apps.directions import Directions
-from medgen.apps.manipulation import change_between, changed_region, guided_direction, manipulate, parse_strengths
+from medgen.apps.manipulation import (
+    _random_direction,
+    change_between,
+    changed_region,
+    guided_direction,
+    manipulate,
+    parse_strengths,
+)
+from medgen.apps.stylisation import StylisedSet
 from medgen.data import Embedding, load_datalist
 from medgen.errors import UserError
 from medgen.networks import LatentGenerator, PGGANGenerator, StyleGAN2Generator
@@ -84,7 +94,7 @@ class TestChange:
     def test_outside_of_a_changed_disc_is_kept(self, disc):
         before, after, inside = disc
 
-        change = change_between(before, after)
+        change = change_between(before, after, changed_region(before, after))
 
         assert change.region_share == pytest.approx(inside.mean(), rel=0.15)
         assert change.region_change_share > 0.97
@@ -96,9 +106,10 @@ class TestChange:
         before, after, inside = disc
         noise = np.where(inside, 0, 0.05 * np.random.default_rng(0).normal(size=before.shape)).astype(np.float32)
 
-        change = change_between(before, after + noise)
+        region = changed_region(before, after + noise)
+        change = change_between(before, after + noise, region)
 
-        mean_of_noise = float(np.abs(noise)[0][~change.region].mean())
+        mean_of_noise = float(np.abs(noise)[0][~region].mean())
         assert change.outside_mae == pytest.approx(mean_of_noise, rel=0.1)
         assert change.outside_ms_ssim < 0.97
         assert change.region_change_share < 0.7
@@ -106,21 +117,21 @@ class TestChange:
     def test_no_change_has_no_region(self, disc):
         before, _, _ = disc
 
-        change = change_between(before, before)
+        change = change_between(before, before, changed_region(before, before))
 
         assert (change.region_share, change.region_change_share, change.mae, change.outside_mae) == (0, 0, 0, 0)
         assert change.outside_ms_ssim == pytest.approx(1)
 
     def test_change_everywhere_alike_leaves_no_outside(self, disc):
-        before, _, _ = disc
+        black, grey = np.zeros_like(disc[0]), np.full_like(disc[0], 0.25)
 
-        change = change_between(np.zeros_like(before), np.full_like(before, 0.25))
+        change = change_between(black, grey, changed_region(black, grey))
 
         assert change.region_share == 1
         assert change.outside_mae == 0
 
     def test_small_images_have_no_ms_ssim(self):
-        change = change_between(np.zeros((1, 16, 16)), np.eye(16)[None])
+        change = change_between(np.zeros((1, 16, 16)), np.eye(16)[None], np.eye(16, dtype=bool))
 
         assert change.ms_ssim is None
         assert change.outside_ms_ssim is None
@@ -209,11 +220,11 @@ class TestManipulate:
         with torch.no_grad():
             expected = generator(torch.from_numpy(embedding.latents[3:4]))[0, 0].clamp(0, 1).numpy()
 
-        pixels = np.asarray(Image.open(done[1] / "samples" / "image3" / "Pneumonia_+0.png"))
+        pixels = np.asarray(Image.open(done[1] / "samples" / "image0003_Pneumonia_+0.png"))
 
         assert np.abs(pixels - expected * 255).max() <= 0.51
         row = next(row for row in rows_of(done[1] / "manipulation.csv") if row["strength"] == "0.0")
-        assert all(float(row[name]) == 0 for name in ("mae", "outside_mae", "region_share", "change_Pneumonia"))
+        assert all(float(row[name]) == 0 for name in ("mae", "outside_mae", "control_mae", "change_Pneumonia"))
 
     def test_held_score_stays_and_the_target_follows_the_strength(self, done):
         rows = rows_of(done[1] / "manipulation.csv")
@@ -240,13 +251,79 @@ class TestManipulate:
         figures, folder = done
 
         assert {path.name for path in (folder / "images").iterdir()} == {
-            "manipulation_image3.png",
-            "manipulation_image4.png",
+            "manipulation_image0003.png",
+            "manipulation_image0004.png",
         }
         assert json.loads((folder / "metrics.json").read_text()) == figures
         assert figures["n"] == 2
-        assert abs(figures["strength"]) == 2
+        assert (figures["lowest_strength"], figures["highest_strength"]) == (-2, 2)
         assert (folder / "generation.json").is_file()
+
+    def test_both_ends_are_reported(self, done):
+        rows = rows_of(done[1] / "manipulation.csv")
+
+        for end, strength in (("lowest", "-2.0"), ("highest", "2.0")):
+            of_end = [row for row in rows if row["strength"] == strength]
+            for name in ("mae", "outside_mae", "control_mae", "control_region_change_share"):
+                assert done[0][f"{end}_{name}"] == pytest.approx(np.mean([float(row[name]) for row in of_end]))
+        assert done[0]["lowest_target_change"] < 0 < done[0]["highest_target_change"]
+
+    def test_region_is_the_union_of_both_ends_at_every_strength(self, done):
+        rows = rows_of(done[1] / "manipulation.csv")
+        pixels = {
+            row["strength"]: np.asarray(Image.open(done[1] / row["file"]), dtype=float)[None] / 255 for row in rows[:3]
+        }
+        union = changed_region(pixels["0.0"], pixels["-2.0"]) | changed_region(pixels["0.0"], pixels["2.0"])
+
+        assert [float(row["region_share"]) for row in rows[:3]] == pytest.approx([union.mean()] * 3)
+        change = change_between(pixels["0.0"], pixels["-2.0"], union)
+        assert float(rows[0]["outside_mae"]) == pytest.approx(change.outside_mae, rel=1e-3)
+
+    def test_control_has_the_length_layers_and_held_scores_of_the_direction(self, stylegan):
+        embedding, directions, generator = stylegan
+        vector, held, *_ = guided_direction(directions, "Pneumonia", "age", embedding, generator, [1, 2])
+
+        first, again, other = (_random_direction(vector, held, embedding.latents, seed) for seed in (0, 0, 1))
+
+        assert np.linalg.norm(first) == pytest.approx(np.linalg.norm(vector))
+        assert np.flatnonzero(first.any(1)).tolist() == [1, 2]
+        assert abs((directions.probe("age")[0] * first).sum()) < 1e-9
+        assert (first == again).all()
+        assert abs((first * other).sum() / np.square(first).sum()) < 0.95
+
+    def test_what_the_reconstruction_lost_is_in_the_table(self, pggan, tmp_path):
+        embedding, directions, generator = pggan
+        items = [{**item, "ms_ssim": 0.5 + number / 100} for number, item in enumerate(embedding.items)]
+
+        figures = manipulate(
+            replace(embedding, items=items), directions, generator, tmp_path, "3,4", "age", strengths=1
+        )
+
+        assert [row["reconstruction_ms_ssim"] for row in rows_of(tmp_path / "manipulation.csv")] == ["0.53", "0.54"]
+        assert figures["reconstruction_ms_ssim"] == pytest.approx(0.535)
+
+    def test_strips_left_out_are_told(self, pggan, tmp_path, caplog):
+        with caplog.at_level("INFO"):
+            manipulate(*pggan, tmp_path, list(range(18)), "age", strengths=1)
+
+        assert len(list((tmp_path / "images").iterdir())) == 16
+        assert "2 are left out" in caplog.text
+
+    def test_files_say_what_they_are_and_their_names_do_not_name_the_source(self, pggan, done, tmp_path):
+        embedding, _, generator = pggan
+        items = load_datalist(done[1] / "datalist.json", "training")
+
+        for item in items:
+            assert Path(item["derived_from"][0]).stem not in item["image"]
+            with Image.open(item["image"]) as picture:
+                assert picture.text["Description"].startswith("synthetic image")
+                assert item["derived_from"][0] in picture.text["Source"]
+                assert generator.sha256 in picture.text["Source"]
+        around = StylisedSet(embedding, generator, tmp_path, "around", "3", seeds=0)
+        around.begin()
+        around.save({"name": around.todo[0]["name"], "pred": torch.zeros(1, 16, 16)})
+        around_item = next(iter(around._listed.values()))
+        assert around_item["patient"] == items[0]["patient"]  # one patient, whatever the mode
 
     def test_folder_with_samples_is_refused_without_resume(self, pggan, done):
         with pytest.raises(UserError, match="holds images already"):
@@ -255,17 +332,17 @@ class TestManipulate:
             manipulate(*pggan, done[1], "image3.png,4", "sex", "age", "-2,0,2", resume=True)
 
     def test_resumed_run_writes_the_same(self, pggan, done):
-        before = (done[1] / "samples" / "image4" / "Pneumonia_+2.png").read_bytes()
+        before = (done[1] / "samples" / "image0004_Pneumonia_+2.png").read_bytes()
 
         again = manipulate(*pggan, done[1], "image3.png,4", "Pneumonia", "age", "-2,0,2", resume=True)
 
         assert again == done[0]
-        assert (done[1] / "samples" / "image4" / "Pneumonia_+2.png").read_bytes() == before
+        assert (done[1] / "samples" / "image0004_Pneumonia_+2.png").read_bytes() == before
 
     def test_dicom_says_that_it_is_synthetic(self, stylegan, tmp_path):
         manipulate(*stylegan, tmp_path, 0, "sefa_0", "none", [1], "0-2", "dicom")
 
-        dataset = pydicom.dcmread(tmp_path / "samples" / "image0" / "sefa_0_+1.dcm")
+        dataset = pydicom.dcmread(tmp_path / "samples" / "image0000_sefa_0_+1.dcm")
         assert dataset.PatientID.startswith("synthetic-")
         assert "SYNTHETIC" in "".join(dataset.ImageType) or "synthetic" in dataset.SeriesDescription
         assert "0/image0.png" in dataset.DerivationDescription

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medgen.apps.probes import Factor, find_factors, fit_probe, patient_folds, patients_of, shuffle_patients
+from medgen.apps import probes
+from medgen.apps.probes import (
+    Factor,
+    find_factors,
+    fit_probe,
+    holm,
+    patient_folds,
+    patients_of,
+    shuffle_patients,
+)
 from medgen.errors import UserError
 from medgen.metrics.intervals import patient_codes
 
@@ -144,8 +153,49 @@ class TestFitProbe:
         with pytest.raises(UserError, match=r"number of patients, 4, got 5; set --folds 4"):
             fit_probe(latents, label, few, **QUICK)
 
+    def test_long_latents_are_projected_and_the_weights_mapped_back(self, planted, monkeypatch):
+        latents, patients, _, (label, _, age) = planted
+        wide = np.concatenate([latents, np.random.default_rng(1).normal(size=(240, 600))], 1)
+
+        for factor in (label, age):
+            projected = fit_probe(wide, factor, patients, shuffles=0, resamples=200)
+            with monkeypatch.context() as patch:
+                patch.setattr(probes, "COMPONENTS", 1000)
+                whole = fit_probe(wide, factor, patients, shuffles=0, resamples=200)
+            # 240 images span fewer axes than are kept: nothing is lost
+            assert projected.weight.shape == (D + 600,)
+            assert cosine(projected.weight, whole.weight) > 0.999
+            assert wide @ projected.weight + projected.bias == pytest.approx(wide @ whole.weight + whole.bias, abs=0.05)
+
 
 class TestShuffle:
+    def test_latents_that_know_nothing_are_found_to_in_one_run_of_twenty(self, monkeypatch):
+        # patients of very unequal numbers of images, who keep their label and much of their latent
+        def centroids(x, y, *_):
+            return (x[y == 1].mean(0) - x[y == 0].mean(0) if len(set(y)) == 2 else np.zeros(x.shape[1])), 0.0
+
+        monkeypatch.setattr(probes, "_fit", centroids)
+        monkeypatch.setattr(probes, "_choose_strength", lambda *_: 1.0)
+        runs, hits = 150, 0
+        for run in range(runs):
+            random = np.random.default_rng(run)
+            codes = np.repeat(np.arange(40), np.minimum(random.zipf(1.6, 40), 60))
+            latents = random.normal(size=(40, 3))[codes] + 0.3 * random.normal(size=(len(codes), 3))
+            label = Factor("nothing", "label", (random.permutation(40) % 2)[codes].astype(float))
+            probe = fit_probe(latents, label, codes.astype(str), folds=3, shuffles=19, resamples=2, seed=run)
+            hits += probe.p_value <= 0.05
+
+        assert 0.02 <= hits / runs <= 0.09
+
+    def test_each_patient_gets_the_values_of_one(self):
+        codes = np.repeat(np.arange(30), np.random.default_rng(0).integers(1, 20, 30))
+
+        donors = shuffle_patients(codes, np.random.default_rng(1))
+
+        of_patients = [set(codes[donors[codes == code]]) for code in range(30)]
+        assert all(len(of) == 1 for of in of_patients)
+        assert set.union(*of_patients) == set(range(30))
+
     def test_keeps_the_values_and_most_of_the_patients_together(self):
         codes = np.repeat(np.arange(50), 4)
         values = np.repeat(np.arange(50), 4)
@@ -163,6 +213,12 @@ class TestShuffle:
 
         assert np.array_equal(np.sort(donors), np.arange(60))
         assert all(len(set(codes[donors[codes == code]])) == 1 for code in range(20))
+
+
+def test_holm_multiplies_by_the_tests_that_are_left():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1, 1]
+    assert holm([]) == []
 
 
 class TestFolds:
@@ -231,6 +287,30 @@ class TestFindFactors:
         factors, _ = find_factors(found)
 
         assert [factor.name for factor in factors] == ["PNEUMONIA"]
+
+    @pytest.mark.parametrize(
+        ("words", "classes"),
+        [
+            (("female", "Male"), ("F", "M")),
+            (("f", "M"), ("F", "M")),
+            (("woman", "man"), ("F", "M")),
+            ((1, 2), ("1", "2")),
+        ],
+    )
+    def test_sex_is_two_words(self, words, classes):
+        found = [{"image": f"{number}.png", "patient": str(number), "sex": words[number % 2]} for number in range(30)]
+
+        (sex,), _ = find_factors(found)
+
+        assert sex.classes == classes
+        assert np.array_equal(sex.values, np.arange(30) % 2)
+
+    def test_sex_of_other_words_is_left_out_with_the_words(self):
+        found = items([["mass"] if number < 15 else [] for number in range(30)])
+        for number, item in enumerate(found):
+            item["sex"] = "abc"[number % 3]
+
+        assert find_factors(found)[1]["sex"] == "sex must be F or M, or one of two values, got A, B, C"
 
     def test_label_of_one_class_that_was_asked_for_is_an_error(self):
         with pytest.raises(UserError, match=r"label all cannot be probed: one class only") as error:

@@ -20,7 +20,6 @@ from medgen.errors import UserError
 from medgen.inferers import draw_latents
 from medgen.inferers.generation import NOISE_STREAM
 from medgen.networks import LatentGenerator, PGGANGenerator, StyleGAN2Generator
-from medgen.transforms import SaveDICOMd, SavePNGd
 
 SMALL = {"latent_dim": 8, "w_dim": 12, "num_mapping_layers": 2, "channel_base": 128, "channel_max": 16}
 NAMES = ["a/one.png", "a/two.png", "b/two.png", "b/00000042_003.png"]
@@ -58,14 +57,11 @@ def styled(generator: LatentGenerator, folder: Path, mode: str, embedding: Embed
 
 
 @torch.no_grad()
-def make(samples: StylisedSet, file_format: str = "png") -> list[dict]:
+def make(samples: StylisedSet) -> list[dict]:
     """Write what is to do, as the bundle does, and return the datalist's items."""
-    kinds = {"png": SavePNGd, "dicom": SaveDICOMd}
-    options = {"dicom": {"patient_key": "patient", "synthetic": True, "origin": samples.provenance}}
-    save = kinds[file_format]("pred", str(samples.folder), name_key="name", **options.get(file_format, {}))
     samples.begin()
     for item in samples.todo:
-        save({**item, "pred": samples.generator(item["latent"][None])[0]})
+        samples.save({**item, "pred": samples.generator(item["latent"][None])[0]})
     samples.finish()
     return load_datalist(samples.output_dir / "datalist.json", "training")
 
@@ -148,6 +144,7 @@ def test_latents_of_w_are_mixed_as_their_expansion(tmp_path):
     mixed = latents_of(samples)["styles_0000_0001"]
     torch.testing.assert_close(mixed, torch.stack([a, b, a, a, a, a]))
     assert samples.generator.space == "w+"
+    assert samples.generator.mean.device == generator.mean.device
     assert make(samples)[0]["synthetic"]
 
 
@@ -318,10 +315,36 @@ def test_every_output_says_that_it_is_synthetic_and_where_it_comes_from(generato
         assert item["patient"].startswith("synthetic-")
         assert patient not in item["patient"]
     assert [item["seed"] for item in items] == [7, 8, 7, 8]
-    assert len({item["patient"] for item in items}) == 1  # one origin: a split by patient must not divide them
+    patients = [item["patient"] for item in items]
+    assert patients[0] == patients[1] != patients[2] == patients[3]  # a split must not divide what is of one origin
+    with Image.open(items[2]["image"]) as picture:
+        assert picture.text["Description"].startswith("synthetic image")
+        assert picture.text["Source"].startswith(f"generator_sha256 {generator.sha256}, derived_from ['{NAMES[3]}']")
+        assert "patient1" not in picture.text["Source"]
     record = json.loads((tmp_path / "generation.json").read_text())
     assert record["generator_sha256"] == generator.sha256
     assert (record["mode"], record["seeds"], record["images"]) == ("around", [7, 8], ["a/one.png", NAMES[3]])
+
+
+def test_frames_between_patients_have_one_synthetic_patient_whatever_the_order(generator, tmp_path):
+    there = make(styled(generator, tmp_path / "there", "interpolate", images="0,2,1", frames=5))
+    back = make(styled(generator, tmp_path / "back", "interpolate", images="2,0", frames=3))
+
+    # images 0 and 1 are of one patient
+    assert len({item["patient"] for item in there + back}) == 1
+    around = make(styled(generator, tmp_path / "around", "around", images="0", seeds=0))
+    assert around[0]["patient"] != there[0]["patient"]
+
+
+def test_image_of_an_unknown_patient_stands_for_him(tmp_path):
+    generator = generator_of("z")
+    embedding = embedding_of(generator)
+    del embedding.items[0]["patient"]
+
+    items = make(styled(generator, tmp_path, "around", embedding, images="0,1", seeds=0))
+
+    assert [item["derived_from_patients"] for item in items] == [["a/one.png"], ["patient0"]]
+    assert items[0]["patient"] != items[1]["patient"]
 
 
 def test_dicom_files_say_that_nobody_was_imaged_and_have_the_same_distances(tmp_path):
@@ -329,7 +352,7 @@ def test_dicom_files_say_that_nobody_was_imaged_and_have_the_same_distances(tmp_
     tables = []
     for file_format in ("png", "dicom"):
         samples = styled(generator, tmp_path / file_format, "around", images="0", seeds="0-1", file_format=file_format)
-        items = make(samples, file_format)
+        items = make(samples)
         rows = csv.DictReader((tmp_path / file_format / "distances.csv").open())
         tables.append([float(row["mse"]) for row in rows])
     assert tables[0] == tables[1]

@@ -29,7 +29,12 @@ DEFINITIONS = {
 def folder(tmp_path_factory, datalist):
     """Tiny generators, and an embedding of the datalist's images under each: random latents serve as well."""
     folder = tmp_path_factory.mktemp("tiny")
-    items = [{key: item[key] for key in ("image", "patient")} for item in json.loads(datalist.read_text())["training"]]
+    listed = json.loads(datalist.read_text())
+    items = [
+        {"image": item["image"], "patient": item["patient"], "split": split}
+        for split in ("training", "test")
+        for item in listed[split]
+    ]
     for space, (family, arguments) in DEFINITIONS.items():
         torch.manual_seed(0)
         network = family(**arguments)
@@ -63,7 +68,7 @@ def assert_refused(message: str, *arguments, **overrides) -> None:
 
 
 def test_images_are_compressed_from_the_command_line(folder, datalist, tmp_path):
-    run(make(folder, "compress", tmp_path, datalist=str(datalist), bits=[8, 4], further=[8], max_images=3))
+    run(make(folder, "compress", tmp_path, datalist=str(datalist), bits=[8, 4], further=[8], max_images=3, split="all"))
 
     rows = list(csv.DictReader((tmp_path / "compression.csv").open()))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -72,13 +77,19 @@ def test_images_are_compressed_from_the_command_line(folder, datalist, tmp_path)
     assert metrics["jpeg_bare_at_8x_bytes"] <= 64 or metrics["jpeg_bare_at_8x_fits"] < 1
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"compressed.png", "rate_distortion.png"}
 
+    run(make(folder, "compress", tmp_path, datalist=str(datalist), bits=[8], further=[]))
+    rows = list(csv.DictReader((tmp_path / "compression.csv").open()))
+    assert {(row["image"], row["split"]) for row in rows} == {("image6.png", "test"), ("image7.png", "test")}
+
 
 def test_compression_tells_mistakes_in_one_line(folder, datalist, tmp_path):
     settings = {"datalist": str(datalist)}
     assert_refused("bits must be from 1 to 12, or 16", folder, "compress", tmp_path, bits=[20], **settings)
     assert_refused("picture_bits must be one of bits", folder, "compress", tmp_path, bits=[16], **settings)
+    assert_refused("further must be a whole number", folder, "compress", tmp_path, further=[0], **settings)
+    assert_refused("no image of the split 'validation'", folder, "compress", tmp_path, split="validation", **settings)
     assert_refused("missing; make one with inference.json", folder, "compress", tmp_path, embedding="no", **settings)
-    assert_refused("image0.png", folder, "compress", tmp_path, dataset_dir=str(tmp_path), **settings)
+    assert_refused("image6.png", folder, "compress", tmp_path, dataset_dir=str(tmp_path), **settings)
     other = {"embedding": str(folder / "w+")}
     assert_refused("belong to the generator .*, got", folder, "compress", tmp_path, **settings, **other)
 

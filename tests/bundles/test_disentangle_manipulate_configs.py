@@ -24,7 +24,7 @@ DEFINITIONS = {
     "w+": (StyleGAN2Generator, {"image_size": 16, "channel_base": 128, "channel_max": 8, "latent_dim": 8, "w_dim": 8}),
 }
 IMAGES, SHOWN = 48, "<b>scan</b>"
-QUICK = {"folds": 3, "min_patients": 6, "shuffles": 4, "resamples": 50, "ganspace_samples": 200}
+QUICK = {"folds": 3, "min_patients": 6, "shuffles": 4, "factor_shuffles": 2, "resamples": 50, "ganspace_samples": 200}
 COUNTS = {"ganspace_components": 2, "sefa_components": 2}
 
 
@@ -96,11 +96,14 @@ def test_everything_that_was_measured_is_written(measured):
     assert metrics["auroc_effusion"] == pytest.approx(float(rows["Effusion"]["auroc"]))
     assert metrics["auroc_effusion"] > 0.8
     assert metrics["auroc_sex_null_low"] < 0.5 < metrics["auroc_sex_null_high"]
+    assert metrics["p_adjusted_effusion"] == float(rows["Effusion"]["p_adjusted"]) >= metrics["p_value_effusion"]
     assert metrics["n"] == IMAGES
     assert metrics["n_patients"] == IMAGES // 2
-    assert {f"dci_{name}{end}" for name in ("disentanglement", "informativeness") for end in ("", "_shuffled")} <= set(
-        metrics
-    )
+    assert {
+        f"dci_{name}{end}"
+        for name in ("disentanglement", "informativeness")
+        for end in ("", "_shuffled", "_shuffled_low", "_shuffled_high")
+    } <= set(metrics)
     assert all(value is None or isinstance(value, int | float | str) for value in metrics.values())
 
 
@@ -115,6 +118,8 @@ def test_directions_are_those_of_the_generator(measured, folder):
     ]  # fmt: skip
     assert directions.generator_sha256 == embedding.generator_sha256
     assert directions.probes == ["Effusion", "age", "sex"]
+    assert 0 < directions.records["ganspace_0"]["largest_sefa_cosine"] <= 1
+    assert directions.is_chance("age")
     weight, bias = directions.probe("Effusion")
     scores = (embedding.latents * weight).sum((1, 2)) + bias
     truth = np.array(["Effusion" in item["labels"] for item in embedding.items])
@@ -147,7 +152,7 @@ def test_images_are_moved_from_the_command_line(measured, folder, tmp_path):
     run(
         make(
             folder, "manipulate", tmp_path, space, directions=str(output_dir), images="scan3.png,4",
-            direction="Effusion", strengths="-1,0,1", **settings,
+            direction="Effusion", hold="age,sex", strengths="-1,0,1", **settings,
         )
     )  # fmt: skip
 
@@ -157,8 +162,8 @@ def test_images_are_moved_from_the_command_line(measured, folder, tmp_path):
     assert all(item["synthetic"] and item["derived_from"] for item in items)
     assert all(abs(float(row[f"change_{name}"])) < 1e-5 for row in rows for name in ("age", "sex"))
     assert {path.name for path in (tmp_path / "images").iterdir()} == {
-        "manipulation_scan3.png",
-        "manipulation_scan4.png",
+        "manipulation_image0003.png",
+        "manipulation_image0004.png",
     }
 
 
@@ -184,6 +189,9 @@ def test_mistakes_of_a_measurement_are_told_in_one_line(folder, tmp_path):
     assert_refused("min_patients must be at least folds, 3, got 2", *arguments, min_patients=2)
     assert_refused("map_method must be one of pca, umap, got 'tsne'", *arguments, map_method="tsne")
     assert_refused("sefa_layers must be null in the space z", *arguments, sefa_layers="0-3")
+    assert_refused("ganspace_resolution must be one of 4, 8, 16, got 32", *arguments, ganspace_resolution=32)
+    assert_refused("no image 'scan4.7' in the embedding", *arguments, image="scan4.7")
+    assert_refused("image must be one image", *arguments, image="1,2")
     assert_refused("no embedding at", *arguments, embedding=str(tmp_path))
 
 

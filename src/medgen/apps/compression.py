@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from medgen.apps.derived import check_space, render
 from medgen.data.workers import map_each
 from medgen.errors import UserError
 from medgen.output import atomic_file, atomic_write_text, git_revision, plain_json
@@ -34,11 +35,12 @@ __all__ = [
     "Fitted",
     "ImageCodec",
     "check_bits",
-    "check_space",
+    "check_further",
     "compress",
     "decode_latents",
     "encode_latents",
     "fit_bytes",
+    "select_split",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,9 @@ logger = logging.getLogger(__name__)
 FLOAT16, MOST_BITS = 16, 12  # bits of a number; MOST_BITS of a quantised one
 RANGES = 2.0 ** ((np.arange(256) - 64) / 16)  # half-ranges of a quantiser that a byte can name, in standard deviations
 OCTAVES = 3  # how far below the largest number a half-range is sought
-JPEG_QUALITIES = (1, 95)  # above, Pillow's files grow and its pictures hardly change
+JPEG_QUALITIES = (1, 100)
+FULL_COLOUR = 128  # added to the quality of a JPEG whose colours have as many pixels as its brightness
+LOSSLESS, LOSSLESS_MARK = 0, b"\1"  # quality of JPEG 2000, and first byte of its bare code
 JPEG2000_LEVELS = 6  # resolutions, OpenJPEG's default
 SHOWN_IMAGES, TILE, FONT, GAP = 4, 192, 15, 6  # of the picture; pixels
 # fmt: off
@@ -191,8 +195,8 @@ class ImageCodec(ABC):
         self.shape, self.bare = tuple(shape), bare
 
     @abstractmethod
-    def qualities(self, budget: int) -> tuple[int, int]:
-        """Lowest and highest quality worth trying for so many bytes."""
+    def qualities(self, budget: int) -> list[tuple[int, int]]:
+        """Lowest and highest quality worth trying for so many bytes, of each way to encode."""
 
     @abstractmethod
     def encode(self, pixels: np.ndarray, quality: int) -> bytes:
@@ -212,62 +216,72 @@ class JPEG(ImageCodec):
 
     Bare: the standard's own Huffman tables (annex K), which need not be sent, one byte for the quality, which stands
     for the quantisation table, and the entropy-coded segment: an abbreviated stream (section B.4) without its markers.
+
+    Colours are tried at half the resolution (4:2:0), and at the full one (4:4:4).
     """
 
-    def qualities(self, budget: int) -> tuple[int, int]:
-        """Of libjpeg's scale."""
-        return JPEG_QUALITIES
+    def qualities(self, budget: int) -> list[tuple[int, int]]:
+        """Of libjpeg's scale; 128 above it with the colours' full resolution."""
+        low, high = JPEG_QUALITIES
+        return [(low, high)] + [(FULL_COLOUR + low, FULL_COLOUR + high)] * (len(self.shape) == 3)
 
     def encode(self, pixels: np.ndarray, quality: int) -> bytes:
         """Code of uint8 pixels; see :class:`ImageCodec`."""
-        file = _pillow(pixels, "JPEG", quality=quality, optimize=not self.bare)
+        file = self._file(pixels, quality)
         return bytes([quality]) + file[_jpeg_header(file) : -2] if self.bare else file
 
     def whole(self, code: bytes) -> bytes:
         """The file that a code stands for."""
         if not self.bare:
             return code
-        black = _pillow(np.zeros(self.shape, dtype=np.uint8), "JPEG", quality=code[0], optimize=False)
+        black = self._file(np.zeros(self.shape, dtype=np.uint8), code[0])
         return black[: _jpeg_header(black)] + code[1:] + b"\xff\xd9"  # EOI
+
+    def _file(self, pixels: np.ndarray, quality: int) -> bytes:
+        colour = {"subsampling": 0 if quality & FULL_COLOUR else 2} if pixels.ndim == 3 else {}
+        return _pillow(pixels, "JPEG", quality=quality % FULL_COLOUR, optimize=not self.bare, **colour)
 
 
 class JPEG2000(ImageCodec):
-    """JPEG 2000 (ITU-T T.800) by OpenJPEG: raw codestream, irreversible wavelet, one layer, one tile, no comment.
+    """JPEG 2000 (ITU-T T.800) by OpenJPEG: raw codestream, one layer, one tile, no comment.
 
-    Its rate control takes a size in bytes, which serves as the quality. Bare: the packets alone, without the main and
-    the tile's header, which depend on the images' size only, but for the tile's length, which follows from the code's.
+    The wavelet is the irreversible one, whose rate control takes a size in bytes, which serves as the quality; 0 stands
+    for the reversible one, lossless. Bare: the packets alone, without the main and the tile's header, which depend on
+    the images' size and the wavelet only, but for the tile's length, which follows from the code's.
     """
 
-    def qualities(self, budget: int) -> tuple[int, int]:
-        """Sizes in bytes."""
+    def qualities(self, budget: int) -> list[tuple[int, int]]:
+        """Sizes in bytes, and lossless."""
         # the rate control misses a size by some tens of bytes; one that binds at none of these never does
-        return 1, min(2 * budget + 512, int(np.prod(self.shape)) - 1)
+        return [(1, min(2 * budget + 512, int(np.prod(self.shape)) - 1)), (LOSSLESS, LOSSLESS)]
 
     def encode(self, pixels: np.ndarray, quality: int) -> bytes:
         """Code of uint8 pixels; see :class:`ImageCodec`."""
         main, tile = self._parts(pixels, quality)
-        return tile if self.bare else self._file(main, tile)
+        if not self.bare:
+            return self._file(main, tile)
+        # packets begin with a byte of 0, for an empty one, or of 128 at least
+        return LOSSLESS_MARK + tile if quality == LOSSLESS else tile
 
     def whole(self, code: bytes) -> bytes:
         """The file that a code stands for."""
-        return self._file(self._header, code) if self.bare else code
+        if not self.bare:
+            return code
+        is_lossless = code.startswith(LOSSLESS_MARK)
+        return self._file(self._headers[is_lossless], code[len(LOSSLESS_MARK) * is_lossless :])
 
     @cached_property
-    def _header(self) -> bytes:
-        return self._parts(np.zeros(self.shape, dtype=np.uint8), 64)[0]
+    def _headers(self) -> tuple[bytes, bytes]:
+        """Main headers of the irreversible and of the reversible wavelet."""
+        black = np.zeros(self.shape, dtype=np.uint8)
+        return self._parts(black, 64)[0], self._parts(black, LOSSLESS)[0]
 
     def _parts(self, pixels: np.ndarray, size: int) -> tuple[bytes, bytes]:
         """Main header without its comment, and packets."""
         levels = min(JPEG2000_LEVELS, min(self.shape[:2]).bit_length())
-        file = _pillow(
-            pixels,
-            "JPEG2000",
-            no_jp2=True,
-            irreversible=True,
-            num_resolutions=levels,
-            quality_mode="rates",
-            quality_layers=[pixels.size / size],
-        )
+        rate = {"irreversible": True, "quality_mode": "rates", "quality_layers": [pixels.size / max(size, 1)]}
+        rate = {"irreversible": False} if size == LOSSLESS else rate
+        file = _pillow(pixels, "JPEG2000", no_jp2=True, num_resolutions=levels, **rate)
         main, position = file[:2], 2
         while (marker := file[position : position + 2]) != b"\xff\x90":  # SOT
             end = position + 2 + int.from_bytes(file[position + 2 : position + 4], "big")
@@ -314,6 +328,8 @@ class Fitted:
 def fit_bytes(codec: ImageCodec, pixels: np.ndarray, budget: int, made: dict[int, bytes] | None = None) -> Fitted:
     """The best code of at most ``budget`` bytes, by bisection of the quality; the smallest where none is so small.
 
+    Of a codec with several ways to encode the one of the smallest square error is taken.
+
     Args:
         codec: JPEG or JPEG 2000.
         pixels: uint8, of the codec's shape.
@@ -322,21 +338,27 @@ def fit_bytes(codec: ImageCodec, pixels: np.ndarray, budget: int, made: dict[int
     """
     made = {} if made is None else made
 
-    def size(quality: int) -> int:
+    def fits(quality: int) -> bool:
         if quality not in made:
             made[quality] = codec.encode(pixels, quality)
-        return len(made[quality])
+        return len(made[quality]) <= budget
 
-    low, high = codec.qualities(budget)
-    if size(low) > budget:
-        smallest = min(made, key=lambda quality: len(made[quality]))
-        return Fitted(made[smallest], smallest, len(made[smallest]) <= budget)
-    if size(high) <= budget:
-        return Fitted(made[high], high, True)
-    while high - low > 1:  # low fits, high does not: sizes need not grow evenly for that to stay true
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) <= budget else (low, middle)
-    return Fitted(made[low], low, True)
+    def error(quality: int) -> int:
+        return int(np.square(codec.decode(made[quality]).astype(np.int64) - pixels).sum())
+
+    found = []
+    for low, high in codec.qualities(budget):
+        if fits(high):
+            found.append(high)
+        elif fits(low):
+            while high - low > 1:  # low fits, high does not: sizes need not grow evenly for that to stay true
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(middle) else (low, middle)
+            found.append(low)
+    if not found:
+        found = [min(made, key=lambda quality: len(made[quality]))]
+    best = found[0] if len(found) == 1 else min(found, key=error)
+    return Fitted(made[best], best, fits(best))
 
 
 def _fit_all(shared: tuple[Mapping[str, ImageCodec], Sequence[int]], pixels: np.ndarray) -> dict[str, list[Fitted]]:
@@ -388,31 +410,6 @@ class _Point:
         return float(np.mean([len(each.code) for each in self.fitted]))
 
 
-def check_space(embedding: Embedding, generator: LatentGenerator) -> None:
-    """See that latents are points of a generator's space.
-
-    Raises:
-        UserError: there are none, or they are of another generator, space or shape.
-    """
-    if not len(embedding):
-        raise UserError("an embedding must hold at least one latent, got none; make it anew with inference.json")
-    if embedding.space != generator.space:
-        raise UserError(
-            f"latents are of the space {embedding.space}, the generator was loaded for {generator.space}; set --space "
-            f"{embedding.space}"
-        )
-    if generator.sha256 and embedding.generator_sha256 != generator.sha256:
-        raise UserError(
-            f"latents belong to the generator {embedding.generator_sha256[:12]}, this one is {generator.sha256[:12]}; "
-            "name theirs with --generator and --generator_weights"
-        )
-    if tuple(embedding.latents.shape[1:]) != generator.latent_shape:
-        raise UserError(
-            f"latents of this generator have the shape {generator.latent_shape}, got "
-            f"{tuple(embedding.latents.shape[1:])}; set --generator_overlay as for the encoder"
-        )
-
-
 def compress(
     embedding: Embedding,
     generator: LatentGenerator,
@@ -431,7 +428,8 @@ def compress(
     All figures come from decoded bytes: latents are coded and decoded (:func:`encode_latents`), their images rounded to
     8 bits, and compared with the original in 8 bits, which is what the other codecs take. For each depth of the latents
     the other codecs get as many bytes, by bisection of their quality (:func:`fit_bytes`); where a codec cannot get that
-    small, its smallest code stands, and the table says how many bytes it took. Codecs that are ``bare`` do not count
+    small, its smallest code stands, and the table says how many bytes it took. Budgets that the pixels themselves would
+    fit are left out. Codecs that are ``bare`` do not count
     headers and tables that all images share, as the latents do not count the generator: see :class:`ImageCodec`.
 
     Writes ``compression.csv`` (a row for each image, codec and setting), ``metrics.json``,
@@ -451,8 +449,9 @@ def compress(
         seed: of the bootstrap.
 
     Returns:
-        What ``metrics.json`` holds: for each codec and setting the mean bytes, the share of images that fit the budget,
-        and each measure with its 95 % interval over patients.
+        What ``metrics.json`` holds: for each codec and setting the mean bytes, the share of images that fit the budget
+        and of those without loss, which no mean of the PSNR holds, and each measure with its 95 % interval over
+        patients.
 
     Raises:
         UserError: settings that are none, latents of another generator or space, or images of another size.
@@ -461,6 +460,7 @@ def compress(
     from medgen.metrics.paired import PAIRED_METRICS, paired_quality
 
     depths = check_bits(bits, picture_bits)
+    check_further(further)
     check_space(embedding, generator)
     lpips = None if perceptual_weights is None else LocalLPIPS("alex", perceptual_weights, rescale=True)
     wanted = ["ms_ssim", "psnr"] + ["lpips"] * (lpips is not None)
@@ -489,12 +489,17 @@ def compress(
     for depth in depths:
         codes = encode_latents(embedding.latents, depth, **shared)
         budgets[f"{depth}bit"] = len(codes[0])
-        pixels = _render(decode_latents(codes, depth, **shared), generator, batch_size)
+        images = render(generator, decode_latents(codes, depth, **shared), batch_size)
+        pixels = np.stack([_pixels(image) for image in images])
         add("latent", f"{depth}bit", len(codes[0]), [Fitted(code, depth, True) for code in codes], pixels)
     largest = max(budgets.values())
     budgets |= {f"{factor}x": factor * largest for factor in further}
-
     shape = originals.shape[1:]
+    pixels_bytes = int(np.prod(shape))
+    too_large = [setting for setting, budget in budgets.items() if budget >= pixels_bytes]
+    if too_large:
+        logger.info(f"no JPEG at {', '.join(too_large)}: the {pixels_bytes} bytes of the pixels themselves fit")
+    budgets = {setting: budget for setting, budget in budgets.items() if budget < pixels_bytes}
     codecs = {
         "jpeg": JPEG(shape),
         "jpeg_bare": JPEG(shape, bare=True),
@@ -514,12 +519,14 @@ def compress(
 
     output_dir = Path(output_dir)
     _write_table(output_dir / "compression.csv", embedding.items, points)
-    _draw_curves(output_dir / "images" / "rate_distortion.png", points, metrics, len(originals))
+    splits = ", ".join(sorted({str(item.get("split", "unknown")) for item in embedding.items}))
+    _draw_curves(output_dir / "images" / "rate_distortion.png", points, metrics, f"{len(originals)} images ({splits})")
     _draw_strip(output_dir / "images" / "compressed.png", shown, points, f"{picture_bits}bit")
     record = {
         **_figures(points),
-        "pixels_bytes": int(np.prod(shape)),
+        "pixels_bytes": pixels_bytes,
         "n": len(originals),
+        "split": splits,
         "seed": seed,
         "space": embedding.space,
         "stage": embedding.stage,
@@ -546,6 +553,42 @@ def check_bits(bits: Sequence[int], picture_bits: int) -> list[int]:
     return sorted(set(bits), reverse=True)
 
 
+def check_further(further: Sequence[int]) -> None:
+    """See that multiples of a budget are such.
+
+    Raises:
+        UserError: it is no list, or one of them is no whole number of at least 1.
+    """
+    if isinstance(further, str) or not isinstance(further, Sequence):
+        raise UserError(f'further must be a list such as [2,4,8], or [], got {further!r}; set --further "[2,4,8]"')
+    from medgen.settings import check_whole
+
+    for factor in further:
+        check_whole(further=factor)
+
+
+def select_split(embedding: Embedding, split: str) -> Embedding:
+    """The images of one split of an embedding.
+
+    Args:
+        embedding: latents of images whose split is known.
+        split: its name; "all" for all images, of whatever split.
+
+    Raises:
+        UserError: there are none.
+    """
+    if split == "all":
+        return embedding
+    names = [item["image"] for item in embedding.items if item.get("split") == split]
+    if not names:
+        there = ", ".join(sorted({str(item.get("split", "unknown")) for item in embedding.items}))
+        raise UserError(
+            f"no image of the split {split!r:.80} among the {len(embedding)} of the embedding, whose splits are: "
+            f"{there}; embed that split with inference.json, or set --split all"
+        )
+    return embedding.of_images(names)
+
+
 def _originals(dataset: Sequence[Mapping[str, torch.Tensor]], n: int, generator: LatentGenerator) -> np.ndarray:
     """(N, H, W[, 3]) uint8."""
     if len(dataset) != n:
@@ -556,24 +599,15 @@ def _originals(dataset: Sequence[Mapping[str, torch.Tensor]], n: int, generator:
         if tuple(image.shape) != (generator.channels, *generator.image_size):
             raise UserError(
                 f"originals must be {(generator.channels, *generator.image_size)} for this generator, got "
-                f"{tuple(image.shape)}; set --image_size and --in_channels as for the encoder"
+                f"{tuple(image.shape)}; load them with the preprocessing of compress.json"
             )
         pixels.append(_pixels(image))
     return np.stack(pixels)
 
 
-def _render(latents: np.ndarray, generator: LatentGenerator, batch_size: int) -> np.ndarray:
-    """(N, H, W[, 3]) uint8 of latents (N, L, D)."""
-    import torch
-
-    with torch.no_grad():
-        batches = torch.from_numpy(latents).to(generator.mean.device).split(batch_size)
-        return np.stack([_pixels(image) for batch in batches for image in generator(batch)])
-
-
-def _pixels(image: torch.Tensor) -> np.ndarray:
+def _pixels(image: np.ndarray | torch.Tensor) -> np.ndarray:
     """(H, W) or (H, W, 3) uint8 of an image (C, H, W) in [0, 1]; what lies outside is clipped."""
-    levels = np.rint(np.clip(np.asarray(image.cpu()), 0, 1) * 255).astype(np.uint8)
+    levels = np.rint(np.clip(np.asarray(image), 0, 1) * 255).astype(np.uint8)
     return levels[0] if len(levels) == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0))
 
 
@@ -584,6 +618,8 @@ def _figures(points: Sequence[_Point]) -> dict[str, float | None]:
         figures[f"{point.name}_bytes"] = point.bytes
         if point.codec != "latent":
             figures[f"{point.name}_fits"] = float(np.mean([each.fits for each in point.fitted]))
+            # an infinite PSNR is in no mean: these images are counted instead
+            figures[f"{point.name}_lossless"] = float(np.mean(np.isinf(point.measured.values["psnr"])))
         for metric, summary in point.measured.summary.items():
             figures[f"{point.name}_{metric}"] = summary.mean
             figures |= {f"{point.name}_{metric}_low": summary.low, f"{point.name}_{metric}_high": summary.high}
@@ -594,15 +630,17 @@ def _write_table(path: Path, items: Sequence[Mapping[str, Any]], points: Sequenc
     with atomic_file(path, "w") as file:
         table = csv.writer(file, lineterminator="\n")
         metrics = list(points[0].measured.values)
-        table.writerow(["image", "patient", "codec", "setting", "budget", "bytes", "fits", "quality", *metrics])
+        columns = ["image", "patient", "split", "codec", "setting", "budget", "bytes", "fits", "quality"]
+        table.writerow([*columns, *metrics])
         for point in points:
             values = zip(*point.measured.values.values(), strict=True)
             for item, each, of_image in zip(items, point.fitted, values, strict=True):
-                row = [item["image"], item.get("patient", ""), point.codec, point.setting, point.budget, len(each.code)]
-                table.writerow([*row, int(each.fits), each.quality, *(f"{value:.6g}" for value in of_image)])
+                row = [item["image"], item.get("patient", ""), item.get("split", ""), point.codec, point.setting]
+                row += [point.budget, len(each.code), int(each.fits), each.quality]
+                table.writerow([*row, *(f"{value:.6g}" for value in of_image)])
 
 
-def _draw_curves(path: Path, points: Sequence[_Point], metrics: Sequence[str], n: int) -> None:
+def _draw_curves(path: Path, points: Sequence[_Point], metrics: Sequence[str], images: str) -> None:
     """Each measure over the bytes of an image, a line a codec, with its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -629,7 +667,7 @@ def _draw_curves(path: Path, points: Sequence[_Point], metrics: Sequence[str], n
         axes.set_ylabel(f"{PAIRED_METRICS[metric].title}{' (dB)' if metric == 'psnr' else ''}, {better} is better")
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False)
-    figure.suptitle(f"means of {n} images, bars: 95 % interval over patients", fontsize=11)
+    figure.suptitle(f"means of {images}, bars: 95 % interval over patients", fontsize=11)
     with atomic_file(path) as file:
         figure.savefig(file, format="png")
 

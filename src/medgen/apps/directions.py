@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,16 @@ from medgen.errors import UserError
 from medgen.output import atomic_file, atomic_write_text, plain_json
 
 if TYPE_CHECKING:
+    import torch
+
     from medgen.networks import LatentGenerator
 
 __all__ = ["Directions", "ganspace", "move", "orthogonalise", "sefa", "spread_along", "unit"]
 
 FILE, RECORD = "directions.safetensors", "directions.json"
 SMALLEST_REST = 1e-3  # share of a direction that must be left once others are held
-GANSPACE_BATCH = 500
+GANSPACE_BATCH, GANSPACE_SIDE = 500, 16
+SIGNIFICANT = 0.05
 
 Array = NDArray[np.float64]
 
@@ -40,8 +43,8 @@ class Directions:
         generator_sha256: of the file of the generator's weights.
         vectors: name -> (L, D) float32, in units of the latents.
         records: name -> plain values: ``kind`` ("label", "sex", "age", "ganspace", "sefa"), ``spread`` (the length),
-            and what is known of it, such as ``auroc``; a probe has ``score_per_strength`` and ``bias`` as well, from
-            which :meth:`probe` makes it again.
+            and what is known of it, such as ``auroc`` and ``p_adjusted``; a probe has ``score_per_strength`` and
+            ``bias`` as well, from which :meth:`probe` makes it again.
     """
 
     space: str
@@ -57,7 +60,12 @@ class Directions:
             vector: (L, D) of any length.
             latents: (N, L, D) of the embedding.
             **record: what is known of it.
+
+        Raises:
+            UserError: it is there already.
         """
+        if name in self.vectors:
+            raise UserError(f"names of directions must differ, got {name} twice; rename the label")
         direction = unit(vector)
         spread = spread_along(direction, latents)
         self.vectors[name] = (direction * spread).astype(np.float32)
@@ -81,6 +89,11 @@ class Directions:
     def probes(self) -> list[str]:
         """Names of the directions that are probes."""
         return [name for name, record in self.records.items() if "score_per_strength" in record]
+
+    def is_chance(self, name: str) -> bool:
+        """Whether a direction is a probe that reads no more than chance does; False where that was not measured."""
+        p_value = self.records[name].get("p_adjusted")
+        return p_value is not None and p_value >= SIGNIFICANT
 
     def vector(self, name: str) -> Array:
         """(L, D) of a direction.
@@ -195,7 +208,11 @@ def spread_along(direction: Array, latents: Array) -> float:
     Raises:
         UserError: fewer than two latents, or none that differ along it.
     """
-    spread = float((latents.reshape(len(latents), -1) @ direction.reshape(-1)).std(ddof=1)) if len(latents) > 1 else 0
+    spread = 0.0
+    if len(latents) > 1:
+        # in parts: numpy would make a copy of all of them in the direction's precision
+        parts = np.array_split(latents.reshape(len(latents), -1), math.ceil(len(latents) / 1000))
+        spread = float(np.concatenate([part @ direction.reshape(-1) for part in parts]).std(ddof=1))
     if not spread > 0:
         raise UserError(
             f"the spread along a direction takes latents that differ, got {len(latents)}; embed more images"
@@ -342,55 +359,79 @@ def _signed(vector: Array) -> Array:
     return vector * np.sign(vector[np.argmax(np.abs(vector))])
 
 
-def ganspace(generator: LatentGenerator, count: int, samples: int = 10_000, seed: int = 0) -> list[tuple[Array, float]]:
-    """Directions in which a generator's samples differ most (Härkönen et al. 2020, GANSpace, section 2.1).
+def ganspace(
+    generator: LatentGenerator, count: int, samples: int = 10_000, seed: int = 0, resolution: int | None = None
+) -> list[tuple[Array, float]]:
+    """Directions along which random images vary most (Härkönen et al. 2020, GANSpace, section 2).
 
-    In W and W+ they are the principal components of w; a W+ direction has the same in each layer.
-
-    z has no such components: it is spread evenly. As for the paper's BigGAN, the components are those of an early
-    layer's output y, ``x = V ᵀ(y - mean)``, and a direction is the regression ``argmin Σ |u x - z|²`` back to z. The
-    layer is the whole 4×4 block with both of its activations; the linear layer alone would give SeFa's directions
-    again.
+    In W and W+ principal components of random w, the same for every style. In z, whose distribution has none,
+    components of the features that a block makes of random z, and the regression that leads from them back to z. The
+    first block is little more than the dense layer, whose directions SeFa gives already; those of later blocks may
+    still lie mostly in SeFa's span. All features are held in memory, ``4 · samples · C · side²`` bytes.
 
     Args:
         generator: the generator.
         count: directions wanted.
         samples: random latents.
         seed: of the draws.
+        resolution: side of the features, for z; None for 16, or the last of a smaller network.
 
     Returns:
         (L, D) of length 1, and the share of the variance that its component explains; in descending order.
 
     Raises:
-        UserError: fewer samples than directions, or more directions than numbers in a latent.
+        UserError: fewer samples than directions, more directions than numbers in a latent, or a resolution that the
+            network has not.
     """
     import torch
     from sklearn.decomposition import PCA
 
-    most = min(samples - 1, generator.z_dim if generator.space == "z" else generator.latent_shape[1])
+    is_z = generator.space == "z"
+    most = min(samples - 1, generator.z_dim if is_z else generator.latent_shape[1])
     if not 1 <= count <= most:
         raise UserError(f"ganspace_components must be from 1 to {most}, got {count}; set --ganspace_components")
+    if resolution is not None and not is_z:
+        raise UserError(f"ganspace_resolution must be null in the space {generator.space}; leave it out")
     draws = torch.Generator().manual_seed(seed)
     z = torch.randn(samples, generator.z_dim, generator=draws)
     classes = torch.randint(generator.num_classes, (samples,), generator=draws) if generator.num_classes else None
-    device, latents, outputs = generator.mean.device, [], []
+    device, latents = generator.mean.device, []
     with torch.no_grad():
-        for start in range(0, samples, GANSPACE_BATCH):
-            part = slice(start, start + GANSPACE_BATCH)
-            labels = None if classes is None else classes[part].to(device)
-            latent = generator.from_z(z[part].to(device), labels)[:, 0]
-            latents.append(latent.cpu())
-            if generator.space == "z":
-                outputs.append(generator.network.blocks[0](latent).flatten(1).float().cpu())
-    x = torch.cat(latents).double().numpy()
-    pca = PCA(count, svd_solver="randomized" if generator.space == "z" else "full", random_state=seed)
-    if generator.space == "z":
-        coordinates = pca.fit_transform(torch.cat(outputs).numpy()).astype(np.float64)
+        for rows in torch.arange(samples).split(GANSPACE_BATCH):
+            labels = None if classes is None else classes[rows].to(device)
+            latents.append(generator.from_z(z[rows].to(device), labels)[:, 0])
+    x = torch.cat(latents).double().cpu().numpy()
+    if is_z:
+        features = _features(generator, resolution)
+        pca = PCA(count, copy=False, svd_solver="randomized", random_state=seed)
+        coordinates = pca.fit_transform(np.concatenate([features(part) for part in latents])).astype(np.float64)
         vectors = np.linalg.lstsq(coordinates, x - x.mean(0), rcond=None)[0]
         vectors[:, generator.z_dim :] = 0  # the class is no direction
     else:
+        pca = PCA(count, svd_solver="full")
         vectors = pca.fit(x).components_
     return [
         (unit(np.broadcast_to(_signed(vector), generator.latent_shape)), float(share))
         for vector, share in zip(vectors, pca.explained_variance_ratio_, strict=True)
     ]
+
+
+def _features(generator: LatentGenerator, resolution: int | None) -> Callable[[torch.Tensor], NDArray[np.float32]]:
+    """The function from z (B, Z + K) to the features (B, C · side²) of one block."""
+    import torch
+
+    network = generator.network
+    sides = [side for side in network.resolutions if side <= network.resolution]
+    side = min(GANSPACE_SIDE, sides[-1]) if resolution is None else resolution
+    if side not in sides:
+        raise UserError(
+            f"ganspace_resolution must be one of {', '.join(map(str, sides))}, got {side}; set --ganspace_resolution"
+        )
+
+    def features(z: torch.Tensor) -> NDArray[np.float32]:
+        with torch.no_grad():
+            for block in network.blocks[: sides.index(side) + 1]:
+                z = block(z)
+        return z.flatten(1).float().cpu().numpy()
+
+    return features

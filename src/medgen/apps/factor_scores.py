@@ -17,6 +17,7 @@ from medgen.metrics.intervals import patient_codes
 __all__ = ["FactorScores", "completeness", "disentanglement", "factor_scores", "importances", "sap", "sap_matrix"]
 
 FOREST_FOLDS, TREES, SMALLEST_LEAF, TREE_SAMPLES = 3, 50, 5, 2000
+SAP_NUMBERS = 2**24  # of the latents that are sorted at once
 
 Array = NDArray[np.float64]
 
@@ -27,14 +28,15 @@ class FactorScores:
 
     Args:
         scores: ``dci_disentanglement``, ``dci_completeness``, ``dci_informativeness`` and ``sap``.
-        shuffled: the same, mean over shuffles of the patients' factors: what chance gives.
+        shuffled: the same of shuffled patients' factors: what chance gives, as mean and lower and upper end of the
+            interval.
         names: of the factors.
         importances: (D, K) of the coordinates for the factors.
         n: images.
     """
 
     scores: dict[str, float]
-    shuffled: dict[str, float]
+    shuffled: dict[str, tuple[float, float, float]]
     names: tuple[str, ...]
     importances: Array
     n: int
@@ -119,13 +121,21 @@ def sap_matrix(latents: Array, factors: Sequence[Factor]) -> Array:
     Returns:
         (D, K); a coordinate without variance has 0.
     """
+    block = max(1, SAP_NUMBERS // len(latents))
+    starts = range(0, latents.shape[1], block)
+    return np.concatenate([_sap_block(latents[:, start : start + block], factors) for start in starts])
+
+
+def _sap_block(latents: Array, factors: Sequence[Factor]) -> Array:
     moving = latents.std(0) > 0
     columns = np.zeros((latents.shape[1], len(factors)))
+    x = latents[:, moving].astype(np.float64)
+    x -= x.mean(0)
     for number, factor in enumerate(factors):
         if factor.is_binary:
-            predicted = _threshold_accuracy(latents[:, moving], factor.values > 0.5)
+            predicted = _threshold_accuracy(x, factor.values > 0.5)
         else:
-            x, y = latents[:, moving] - latents[:, moving].mean(0), factor.values - factor.values.mean()
+            y = factor.values - factor.values.mean()
             predicted = (y @ x) ** 2 / ((x**2).sum(0) * (y**2).sum())
         columns[moving, number] = predicted
     return columns
@@ -158,7 +168,8 @@ def factor_scores(
     factors: Sequence[Factor],
     patients: Sequence[str],
     *,
-    shuffles: int = 3,
+    shuffles: int = 5,
+    level: float = 0.95,
     seed: int = 0,
 ) -> FactorScores:
     """DCI and SAP over the images of which all factors are known, and both for shuffled patients.
@@ -171,7 +182,8 @@ def factor_scores(
         latents: (N, D).
         factors: at least two, with N values each.
         patients: (N,) patient of each image.
-        shuffles: for chance.
+        shuffles: for chance; each takes as long as the scores themselves. 0 for none.
+        level: of confidence, of what chance gives.
         seed: of folds and shuffles.
 
     Raises:
@@ -189,7 +201,7 @@ def factor_scores(
             f"factor scores take 10 patients of whom all {len(factors)} factors are known, and two factors that "
             f"differ among them, got {len(set(of_images))} and {len(varying)}; take data with more labels"
         )
-    x, codes = np.asarray(latents, dtype=np.float64)[rows], patient_codes(of_images, len(rows))
+    x, codes = np.asarray(latents)[rows], patient_codes(of_images, len(rows))
     scores, importance = _scores(x, varying, codes, seed)
     rng = np.random.default_rng([seed, 2])
     by_chance = []
@@ -197,7 +209,11 @@ def factor_scores(
         donors = shuffle_patients(codes, rng)
         shuffled = [Factor(factor.name, factor.kind, factor.values[donors]) for factor in varying]
         by_chance.append(_scores(x, shuffled, codes, seed)[0])
-    chance = {name: float(np.mean([found[name] for found in by_chance])) for name in scores} if by_chance else {}
+    chance = {}
+    for name in scores if by_chance else ():
+        values = [found[name] for found in by_chance]
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        chance[name] = float(np.mean(values)), low, high
     return FactorScores(scores, chance, tuple(factor.name for factor in varying), importance, len(rows))
 
 

@@ -21,6 +21,7 @@ METHODS = ("pca", "umap")
 ABSENT, PRESENT, UNKNOWN = "#9ca3af", "#c2410c", "#e5e7eb"
 SCALE = "Viridis"
 PANELS_IN_A_ROW = 4
+PRIVATE = "This page holds identifiers, ages and sexes of patients: it is not for publication."
 
 Array = NDArray[np.float64]
 
@@ -69,7 +70,7 @@ def write_map_page(
     """An interactive plot in one HTML file with all that it needs.
 
     A menu chooses the factor that colours the points; hovering over one shows its file, patient, labels, age, sex and
-    error.
+    error. The page says that it is therefore not for publication.
 
     Args:
         path: the file.
@@ -102,7 +103,7 @@ def write_map_page(
     figure.update_layout(
         template="plotly_white",
         margin={"t": 90, "b": 60},
-        title=f"{len(items)} images in the latent space",
+        title=f"{len(items)} images in the latent space<br><sup>{PRIVATE}</sup>",
         xaxis_title=axes[0],
         yaxis_title=axes[1],
         updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.08, "yanchor": "bottom"}],
@@ -131,8 +132,7 @@ def _colouring(factor: Factor) -> dict[str, Any]:
         bar |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
         filled = np.where(known, values, low)
     else:
-        names = {"sex": ("F", "M")}.get(factor.kind, ("without", "with"))
-        colours, names = (ABSENT, PRESENT), names
+        colours, names = (ABSENT, PRESENT), factor.classes
         low, high = -0.5, 1.5
         if not known.all():
             colours, names, low = (UNKNOWN, *colours), ("unknown", *names), -1.5
@@ -199,10 +199,9 @@ def write_map_picture(path: str | Path, places: Array, axes: tuple[str, str], fa
         known = np.isfinite(factor.values)
         panel.scatter(*places[~known].T, s=7, color=UNKNOWN, linewidths=0)
         if factor.is_binary:
-            names = ("F", "M") if factor.kind == "sex" else ("without", "with")
             for value, colour in enumerate((ABSENT, PRESENT)):
                 chosen = factor.values == value
-                label = f"{names[value]} ({chosen.sum()})"
+                label = f"{factor.classes[value]} ({chosen.sum()})"
                 panel.scatter(*places[chosen].T, s=9, color=colour, alpha=0.8, linewidths=0, label=label)
             panel.legend(frameon=False, fontsize=7, loc="best", handletextpad=0)
         else:

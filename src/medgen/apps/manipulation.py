@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medgen.apps.compression import check_space
+from medgen.apps.derived import SUFFIXES, check_space, derived_item, derived_record, render, save_derived
 from medgen.apps.directions import Directions, move, orthogonalise, spread_along, unit
-from medgen.apps.disentanglement import class_axes, render
-from medgen.data.datalist import distinct_names, file_stem, write_datalist
+from medgen.apps.disentanglement import class_axes
+from medgen.data.datalist import write_datalist
 from medgen.errors import UserError
 from medgen.metrics.detection_table import write_table
 from medgen.output import atomic_file, atomic_write_text, git_revision, plain_json
@@ -31,7 +30,6 @@ __all__ = ["Change", "change_between", "changed_region", "guided_direction", "ma
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = {"png": ".png", "dicom": ".dcm"}
 ALL, NONE = "all", "none"
 SMOOTHING = 64  # the region is found at a 64th of the image's side
 SHOWN = 16  # patients whose pictures are drawn
@@ -41,10 +39,9 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Change:
-    """What was changed of an image, and what was kept.
+    """What was changed of an image, and what was kept, by a region in which it was to be changed.
 
     Args:
-        region: (H, W) where it was changed, see :func:`changed_region`.
         region_share: of the image's pixels.
         region_change_share: of the absolute difference that lies in the region; 0 where there is none.
         mae: mean absolute difference of the whole image, greys in [0, 1].
@@ -53,7 +50,6 @@ class Change:
         outside_ms_ssim: the same once the region of the second is filled with the first: what happened to the rest.
     """
 
-    region: NDArray[np.bool_]
     region_share: float
     region_change_share: float
     mae: float
@@ -84,12 +80,13 @@ def changed_region(before: NDArray, after: NDArray) -> NDArray[np.bool_]:
     return smooth > threshold_otsu(smooth) if np.ptp(smooth) > 0 else np.full(smooth.shape, smooth.max() > 0)
 
 
-def change_between(before: NDArray, after: NDArray) -> Change:
-    """What differs between two images, within the changed region and outside it.
+def change_between(before: NDArray, after: NDArray, region: NDArray[np.bool_]) -> Change:
+    """What differs between two images, within a region and outside it.
 
     Args:
         before: (C, H, W) in [0, 1].
         after: (C, H, W) in [0, 1].
+        region: (H, W).
     """
     import torch
 
@@ -97,14 +94,12 @@ def change_between(before: NDArray, after: NDArray) -> Change:
     from medgen.metrics.paired import PAIRED_METRICS
 
     difference = np.abs(after.astype(np.float64) - before).mean(0)
-    region = changed_region(before, after)
     whole = outside = None
     if min(difference.shape) >= PAIRED_METRICS["ms_ssim"].min_side:
         rest = np.where(region, before, after)
         pair = (torch.from_numpy(np.stack([after, rest])), torch.from_numpy(np.stack([before, before])))
         whole, outside = ms_ssim(*pair).tolist()
     return Change(
-        region,
         float(region.mean()),
         float(difference[region].sum() / difference.sum()) if difference.any() else 0.0,
         float(difference.mean()),
@@ -149,7 +144,8 @@ def guided_direction(
     Args:
         directions: where it is from.
         name: of the direction.
-        hold: names of probes, as a list or with commas between; "all" for all others, "none" or None for none.
+        hold: names of probes, as a list or with commas between; "none" or None for none; "all" for all others
+            that read more than chance, by the p-values in the file.
         embedding: whose spread along the direction strength 1 is.
         generator: of both.
         layers: styles that are moved, in W+; None for all.
@@ -165,12 +161,15 @@ def guided_direction(
     words = hold.split(",") if isinstance(hold, str) else list(hold or [])
     names = list(dict.fromkeys(str(word).strip() for word in words if str(word).strip()))
     if names == [ALL]:
-        names = [probe for probe in directions.probes if probe != name]
+        names = [probe for probe in directions.probes if probe != name and not directions.is_chance(probe)]
     elif names == [NONE]:
         names = []
     if name in names:
         raise UserError(f"{name} cannot be moved and held at once; take it out of --hold")
     held = [directions.probe(other)[0] for other in names]
+    if directions.is_chance(name):
+        p_value = directions.records[name]["p_adjusted"]
+        logger.warning(f"{name} reads no more than chance (adjusted p {p_value:.2g}): moving along it may show nothing")
     original, mask = unit(vector), np.ones((generator.latent_shape[0], 1))
     if layers is not None:
         if generator.space != "w+":
@@ -199,6 +198,7 @@ def manipulate(
     resume: bool = False,
     modality: str = "unknown",
     batch_size: int = 16,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Move images of patients along a direction, and measure what it changed.
 
@@ -206,11 +206,19 @@ def manipulate(
     move on the sphere, see :func:`medgen.apps.directions.move`. A probe's score is what the probe says of the latent,
     not what a radiologist would say of the image.
 
+    All strengths of an image are measured by one region: what the lowest and the highest change, together. A region
+    found so holds most of any change, whatever the direction. Hence the same figures of a control, ``control_*``: a
+    random direction of the same length, layers and held scores, with the region that its own ends change. Equal lengths
+    need not change the image equally: a direction keeps the patient better than chance where more of its change lies in
+    its region (``region_change_share``), or less outside for the same ``mae``. What strength 0 has lost of the patient
+    is in ``reconstruction_ms_ssim``, the embedding's own figure where it has one.
+
     Writes the images to ``samples/``, ``manipulation.csv`` (a row for each of them, with :class:`Change` against
-    strength 0 and the change of each probe's score), ``metrics.json``, ``images/manipulation_*.png`` (a strip for each
-    patient, with the signed difference below), ``generation.json`` and ``datalist.json``, which says of each image that
-    it is synthetic and from which image of which patient it was made. Images of one patient have one synthetic patient:
-    a split by patient keeps them together. They are not anonymous.
+    strength 0 and the change of each probe's score), ``metrics.json`` (means over the images at the lowest and at the
+    highest strength), ``images/manipulation_*.png`` (a strip for each of the first 16 images, with the signed
+    difference below), ``generation.json`` and ``datalist.json``, which says of each image that it is synthetic and from
+    which image of which patient it was made. Files are named after the image's index in the embedding. Images of one
+    patient have one synthetic patient: a split by patient keeps them together. They are not anonymous.
 
     Args:
         embedding: latents of real images.
@@ -226,6 +234,7 @@ def manipulate(
         resume: write again what an earlier run of the same settings wrote; False refuses a folder that holds samples.
         modality: of the datalist.
         batch_size: images rendered at once.
+        seed: of the control's direction.
 
     Returns:
         What ``metrics.json`` holds.
@@ -243,108 +252,96 @@ def manipulate(
     chosen, steps = select_images(embedding, images), parse_strengths(strengths)
     styles = None if layers is None else parse_numbers(layers, "layers", generator.latent_shape[0] - 1)
     vector, held, names, kept = guided_direction(directions, direction, hold, embedding, generator, styles)
-    start = embedding.latents[chosen]
-    moved = move(start, vector, [0.0, *steps], held, generator.is_spherical).astype(np.float32)
-    record = {
-        "generator_sha256": generator.sha256,
-        "mode": "manipulate",
-        "images": [embedding.items[i]["image"] for i in chosen],
-        "direction": direction,
-        "hold": names,
-        "strengths": steps,
-        "layers": styles,
-        "space": embedding.space,
-        "stage": embedding.stage,
-        "latents_sha256": hashlib.sha256(moved.tobytes()).hexdigest(),
-        "file_format": file_format,
-    }
+    control = _random_direction(vector, held, embedding.latents, seed)
+    moved, moved_at_random = (
+        move(embedding.latents[chosen], way, [0.0, *steps], held, generator.is_spherical).astype(np.float32)
+        for way in (vector, control)
+    )
+    settings = {"direction": direction, "hold": names, "strengths": steps, "layers": styles, "file_format": file_format}
+    record = derived_record(embedding, generator, "manipulate", chosen, moved, **settings)
     folder = Path(output_dir)
     begin_generation(folder, folder / "samples", record, resume)
-    rendered = render(generator, moved.reshape(-1, *generator.latent_shape), batch_size)
-    # in 8 bits, as they are written: what is on the disk is what is measured
-    rendered = (np.round(rendered * 255) / 255).reshape(len(chosen), len(steps) + 1, *rendered.shape[1:])
+    rendered, at_random = (_in_8_bits(generator, latents, batch_size) for latents in (moved, moved_at_random))
 
     sources = [embedding.items[i] for i in chosen]
-    files = _file_names(sources, direction, steps)
-    items = []
-    for source, of_image in zip(sources, files, strict=True):
-        for file, strength in zip(of_image, steps, strict=True):
-            items.append(
-                {
-                    "image": f"samples/{file}{SUFFIXES[file_format]}",
-                    "patient": _patient(generator, source),
-                    "synthetic": True,
-                    "derived_from": [source["image"]],
-                    "derived_from_patients": [str(source.get("patient") or source["image"])],
-                    "direction": direction,
-                    "strength": strength,
-                    "generator_sha256": generator.sha256,
-                }
-            )
-    _write_images(folder, record, file_format, items, rendered[:, 1:].reshape(-1, *rendered.shape[2:]))
+    word = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in direction)
+    items = [
+        derived_item(
+            f"samples/image{i:04d}_{word}_{strength:+.12g}{SUFFIXES[file_format]}",
+            [source],
+            [source],
+            generator.sha256,
+            direction=direction,
+            strength=strength,
+        )
+        for i, source in zip(chosen, sources, strict=True)
+        for strength in steps
+    ]
+    for item, image in zip(items, rendered[:, 1:].reshape(-1, *rendered.shape[2:]), strict=True):
+        save_derived(folder, item, record, file_format, image)
     write_datalist(
         folder / "datalist.json", f"synthetic: {direction}", modality, {"training": items}, generation=record
     )
 
     scores = {probe: _scores(directions, probe, moved) for probe in directions.probes}
-    rows, changes = [], []
-    for number, source in enumerate(sources):
-        changes.append([change_between(rendered[number, 0], image) for image in rendered[number, 1:]])
-        for place, (strength, change) in enumerate(zip(steps, changes[-1], strict=True)):
+    title = f"{direction}, held: {', '.join(names) or 'nothing'}"
+    rows = []
+    for number, (i, source) in enumerate(zip(chosen, sources, strict=True)):
+        region, changes = _changes(rendered[number], steps)
+        _, controls = _changes(at_random[number], steps)
+        for place, (strength, change, control_change) in enumerate(zip(steps, changes, controls, strict=True)):
             row = {
                 "image": source["image"],
                 "patient": source.get("patient"),
                 "file": items[number * len(steps) + place]["image"],
                 "direction": direction,
                 "strength": strength,
+                "reconstruction_ms_ssim": source.get("ms_ssim"),
+                **asdict(change),
+                **{f"control_{name}": value for name, value in asdict(control_change).items()},
             }
-            row |= {name: value for name, value in vars(change).items() if name != "region"}
             for probe, of_latents in scores.items():
                 row[f"score_{probe}"] = float(of_latents[number, place + 1])
                 row[f"change_{probe}"] = float(of_latents[number, place + 1] - of_latents[number, 0])
             rows.append(row)
+        if number < SHOWN:
+            path = folder / "images" / f"manipulation_image{i:04d}.png"
+            caption = f"synthetic, from image {i} of the embedding: {title}"
+            _draw(path, rendered[number], steps, changes, region, caption)
+    if len(chosen) > SHOWN:
+        logger.info(f"strips of the first {SHOWN} images are drawn, {len(chosen) - SHOWN} are left out")
     write_table(folder / "manipulation.csv", rows)
-    title = f"{direction}, held: {', '.join(names) or 'nothing'}"
-    for number, (source, of_image) in enumerate(zip(sources[:SHOWN], files, strict=False)):
-        name = of_image[0].rpartition("/")[0].replace("/", "_")
-        path = folder / "images" / f"manipulation_{name}.png"
-        _draw(path, rendered[number], steps, changes[number], f"{source['image']}: {title}")
-    metrics = _figures(rows, steps, direction, names, kept, vector)
-    metrics |= {"n": len(chosen), "generator_sha256": generator.sha256, "git": git_revision()}
+    metrics = _figures(rows, (min(steps), max(steps)), direction, names)
+    metrics |= {"direction_kept": kept, "spread": float(np.linalg.norm(vector)), "n": len(chosen), "seed": seed}
+    metrics |= {"generator_sha256": generator.sha256, "git": git_revision()}
     atomic_write_text(folder / "metrics.json", json.dumps(plain_json(metrics), indent=4, allow_nan=False) + "\n")
     return metrics
 
 
-def _file_names(sources: Sequence[dict[str, Any]], direction: str, steps: Sequence[float]) -> list[list[str]]:
-    """``<image>/<direction>_<strength>`` for each source, no two the same."""
-    stems = [file_stem(source["image"]) for source in sources]
-    full = [Path(source["image"]).with_suffix("").as_posix().replace("/", "_") for source in sources]
-    folders = distinct_names(stems, full, [source["image"] for source in sources])
-    word = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in direction)
-    return [[f"{folder}/{word}_{step:+.12g}" for step in steps] for folder in folders]
+def _random_direction(vector: Array, held: Sequence[Array], latents: NDArray, seed: int) -> Array:
+    """A direction (L, D) of the same length and layers, orthogonal to what is held.
+
+    A random sum of the embedding's latents, for it to have their covariance: W lies along few axes, and of an isotropic
+    direction most would lead where the generator changes nothing.
+    """
+    weights = np.random.default_rng(seed).standard_normal(len(latents))
+    mask = vector.any(1, keepdims=True)
+    drawn = np.tensordot(weights, latents - latents.mean(0, dtype=np.float64), 1) * mask
+    return unit(orthogonalise(drawn, held)) * np.linalg.norm(vector)
 
 
-def _patient(generator: LatentGenerator, source: dict[str, Any]) -> str:
-    """The synthetic patient of an image made from a real one: a code of where it comes from, which names nobody."""
-    of = f"{generator.sha256}\n{source.get('patient') or source['image']}"
-    return f"synthetic-{hashlib.sha256(of.encode()).hexdigest()[:12]}"
+def _changes(images: NDArray, steps: Sequence[float]) -> tuple[NDArray[np.bool_], list[Change]]:
+    """The region that both ends change, and each image's change by it, of images at strength 0 and at the steps."""
+    start, *others = images
+    ends = (others[steps.index(end)] for end in (min(steps), max(steps)))
+    region = np.any([changed_region(start, end) for end in ends], axis=0)
+    return region, [change_between(start, image, region) for image in others]
 
 
-def _write_images(
-    folder: Path, record: dict[str, Any], file_format: str, items: Sequence[dict[str, Any]], images: NDArray
-) -> None:
-    from medgen.data.synthetic_set import provenance_line
-    from medgen.transforms import SaveDICOM, SavePNG
-
-    for item, image in zip(items, images, strict=True):
-        path = folder / item["image"]
-        meta = {"filename_or_obj": path.name, "patient": item["patient"]}
-        if file_format == "png":
-            SavePNG(path.parent).save(image, meta)
-        else:
-            origin = provenance_line({**record, "derived_from": item["derived_from"][0], "strength": item["strength"]})
-            note = {"description": "synthetic images", "derivation": f"moved along {item['direction']}: {origin}"}
-            SaveDICOM(path.parent, synthetic=True, origin=origin, **note).save(image, meta)
+def _in_8_bits(generator: LatentGenerator, latents: NDArray, batch_size: int) -> NDArray:
+    """Images (N, S, C, H, W) of latents (N, S, L, D), as they are written: what is on the disk is what is measured."""
+    images = np.round(render(generator, latents.reshape(-1, *generator.latent_shape), batch_size) * 255) / 255
+    return images.reshape(*latents.shape[:2], *images.shape[1:])
 
 
 def _scores(directions: Directions, probe: str, latents: NDArray) -> Array:
@@ -354,27 +351,32 @@ def _scores(directions: Directions, probe: str, latents: NDArray) -> Array:
 
 
 def _figures(
-    rows: Sequence[dict[str, Any]],
-    steps: Sequence[float],
-    direction: str,
-    held: Sequence[str],
-    kept: float,
-    vector: Array,
-) -> dict[str, Any]:
-    """Means over the images at the strongest step, and the largest change of a held score at any."""
-    strongest = max(steps, key=abs)
-    at_strongest = [row for row in rows if row["strength"] == strongest]
-    names = [name for name in Change.__dataclass_fields__ if name != "region" and at_strongest[0][name] is not None]
-    figures: dict[str, Any] = {name: float(np.mean([row[name] for row in at_strongest])) for name in names}
-    figures |= {"strength": strongest, "direction_kept": kept, "spread": float(np.linalg.norm(vector))}
-    if f"change_{direction}" in rows[0]:
-        figures["target_change"] = float(np.mean([row[f"change_{direction}"] for row in at_strongest]))
+    rows: Sequence[dict[str, Any]], ends: Sequence[float], direction: str, held: Sequence[str]
+) -> dict[str, float]:
+    """Means over the images at both ends, and the largest change of a held score at any strength."""
+    names = [name for name in rows[0] if name.removeprefix("control_") in Change.__dataclass_fields__]
+    names = {name: name for name in (*names, "reconstruction_ms_ssim")} | {f"change_{direction}": "target_change"}
+    figures: dict[str, float] = {}
+    for end, strength in zip(("lowest", "highest"), ends, strict=True):
+        figures[f"{end}_strength"] = strength
+        for column, name in names.items():
+            values = [row.get(column) for row in rows if row["strength"] == strength]
+            if None not in values:
+                key = name if name == "reconstruction_ms_ssim" else f"{end}_{name}"
+                figures[key] = float(np.mean(values))
     if held:
         figures["held_change"] = max(abs(row[f"change_{name}"]) for row in rows for name in held)
     return figures
 
 
-def _draw(path: Path, images: NDArray, steps: Sequence[float], changes: Sequence[Change], title: str) -> None:
+def _draw(
+    path: Path,
+    images: NDArray,
+    steps: Sequence[float],
+    changes: Sequence[Change],
+    region: NDArray[np.bool_],
+    title: str,
+) -> None:
     """Images at each strength, over their difference from strength 0 with the changed region outlined."""
     from matplotlib.figure import Figure
 
@@ -388,8 +390,8 @@ def _draw(path: Path, images: NDArray, steps: Sequence[float], changes: Sequence
         panels[0, column].imshow(shown, cmap="gray", vmin=0, vmax=1)
         panels[0, column].set_title(f"{strength:+g}" if strength else "0", fontsize=10)
         drawn = panels[1, column].imshow(differences[column], cmap="RdBu_r", vmin=-largest, vmax=largest)
-        if change.region.any() and not change.region.all():
-            panels[1, column].contour(change.region, levels=[0.5], colors="#111827", linewidths=0.7)
+        if region.any() and not region.all():
+            panels[1, column].contour(region, levels=[0.5], colors="#111827", linewidths=0.7)
         outside = "" if change.outside_ms_ssim is None else f"\noutside MS-SSIM {change.outside_ms_ssim:.3f}"
         panels[1, column].set_xlabel(f"region {change.region_share:.0%}{outside}", fontsize=7)
         for panel in panels[:, column]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medgen.errors import UserError
@@ -28,11 +30,23 @@ from medgen.metrics.intervals import (
     with_few_patients,
 )
 
-__all__ = ["Factor", "Probe", "find_factors", "fit_probe", "patient_folds", "patients_of", "shuffle_patients"]
+__all__ = [
+    "Factor",
+    "Probe",
+    "find_factors",
+    "fit_probe",
+    "fits_of_probe",
+    "holm",
+    "patient_folds",
+    "patients_of",
+    "shuffle_patients",
+]
 
 STRENGTHS = tuple(10.0**power for power in range(-5, 1))  # C of the logistic regression, 1/alpha of the ridge
 INNER_FOLDS = 3
+COMPONENTS = 512  # that a longer latent, as in W+, is projected to
 SEXES = ("F", "M")  # the second is the probe's positive class
+SEX_WORDS = {"F": 0.0, "FEMALE": 0.0, "WOMAN": 0.0, "M": 1.0, "MALE": 1.0, "MAN": 1.0}
 LABEL, SEX, AGE = "label", "sex", "age"
 
 Item = Mapping[str, Any]
@@ -47,11 +61,13 @@ class Factor:
         name: of the label, or "sex" or "age".
         kind: "label", "sex" (1 for M, 0 for F) or "age" (in years).
         values: (N,), NaN where it is not known.
+        classes: what the values 0 and 1 are called.
     """
 
     name: str
     kind: str
     values: Array
+    classes: tuple[str, str] = ("without", "with")
 
     @property
     def is_binary(self) -> bool:
@@ -162,13 +178,12 @@ def find_factors(
         left_out[AGE] = f"known of {len(np.unique(patients[known]))} patients, {min_patients} of two ages are needed"
     else:
         factors.append(Factor(AGE, AGE, ages))
-    codes = {sex: float(code) for code, sex in enumerate(SEXES)}
-    sexes = np.array([codes.get(str(item.get("sex")).upper(), np.nan) for item in items])
-    reason = _unfit(sexes, patients, min_patients)
+    sexes, classes, reason = _sexes(items)
+    reason = reason or _unfit(sexes, patients, min_patients)
     if reason:
-        left_out[SEX] = reason.replace("with it", f"of sex {SEXES[1]}").replace("without it", f"of sex {SEXES[0]}")
+        left_out[SEX] = reason.replace("without it", f"of sex {classes[0]}").replace("with it", f"of sex {classes[1]}")
     else:
-        factors.append(Factor(SEX, SEX, sexes))
+        factors.append(Factor(SEX, SEX, sexes, classes))
     if not factors:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise UserError(f"nothing of the {len(items)} images can be probed ({reasons}); take a datalist with labels")
@@ -190,6 +205,19 @@ def _age(item: Item) -> float:
         raise UserError(
             f"age must be a number of years, got {item['age']!r:.40} for {item['image']}; mend the datalist"
         ) from None
+
+
+def _sexes(items: Sequence[Item]) -> tuple[Array, tuple[str, str], str]:
+    """(N,) 0 and 1, what they are called, and why they cannot be told: female and male, or else any two words."""
+    words = ["" if item.get("sex") is None else str(item["sex"]).strip().upper() for item in items]
+    found, codes, classes, reason = sorted(set(words) - {""}), SEX_WORDS, SEXES, ""
+    if found and not set(found) & set(SEX_WORDS):
+        if len(found) == 2:
+            classes = found[0], found[1]
+            codes = {classes[0]: 0.0, classes[1]: 1.0}
+        else:
+            reason = f"sex must be F or M, or one of two values, got {', '.join(found[:5])}"
+    return np.array([codes.get(word, np.nan) for word in words]), classes, reason
 
 
 def _unfit(values: Array, patients: NDArray[np.str_], min_patients: int) -> str:
@@ -240,8 +268,9 @@ def patient_folds(
 def shuffle_patients(codes: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.intp]:
     """(N,) of each image the image whose values it gets when patients are shuffled.
 
-    The patients are laid in a row in random order, each with all images, and dealt out anew. Images of a patient thus
-    stay together for the most part, without which the null of a label that patients keep would be too narrow.
+    Each patient gets the values of one other patient's images, drawn as often as he has images. A patient's values
+    thus come from one patient, however unequal their numbers of images: what a patient keeps, a patient keeps under
+    the shuffle, without which the null would be too narrow.
 
     Args:
         codes: (N,) number of each image's patient.
@@ -250,8 +279,24 @@ def shuffle_patients(codes: NDArray[np.intp], rng: np.random.Generator) -> NDArr
     rows = np.argsort(codes, kind="stable")
     of_patients = np.split(rows, np.flatnonzero(np.diff(codes[rows])) + 1)
     donors = np.empty_like(rows)
-    donors[rows] = np.concatenate([of_patients[place] for place in rng.permutation(len(of_patients))])
+    for images, donor in zip(of_patients, rng.permutation(len(of_patients)), strict=True):
+        # repeated, or cut, to the number of images of the one who receives
+        donors[images] = np.resize(rng.permutation(of_patients[donor]), len(images))
     return donors
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values of several tests, such that one below 5 % is found by chance in 5 % of the runs (Holm 1979)."""
+    p, rank = np.asarray(p_values, dtype=np.float64), np.arange(len(p_values))
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate((len(p) - rank) * p[order]), 1)
+    return adjusted.tolist()
+
+
+def fits_of_probe(folds: int, shuffles: int) -> int:
+    """How many models :func:`fit_probe` fits."""
+    return folds * (len(STRENGTHS) * INNER_FOLDS + 1 + shuffles) + len(STRENGTHS) * INNER_FOLDS + 1
 
 
 def fit_probe(
@@ -267,16 +312,18 @@ def fit_probe(
 ) -> Probe:
     """A linear probe of one factor: logistic regression for labels and sex, ridge regression for age.
 
-    Latents are standardised within each fold. The strength of the regularisation is chosen within each fold, too, by
-    :data:`INNER_FOLDS` folds of its own training patients, so that no figure has seen the patients it is measured on.
-    Both classes weigh alike: the score of a rare label then has the same meaning in every fold.
+    Latents are standardised within each fold, and those of more than :data:`COMPONENTS` numbers projected to as many
+    principal components. The strength of the regularisation is chosen within each fold, too, by :data:`INNER_FOLDS`
+    folds of its own training patients, so that no figure has seen the patients it is measured on. Both classes weigh
+    alike: the score of a rare label then has the same meaning in every fold.
 
     Intervals tell how much the figures vary with the patients who are scored, not how much with those who are fitted.
     Chance is measured rather than supposed: the probes are fitted again, in the same folds and with the strengths
-    chosen before, to the values of shuffled patients (:func:`shuffle_patients`).
+    chosen before, to the values of shuffled patients (:func:`shuffle_patients`). That is most of the work, for each
+    shuffle ``folds`` fits (:func:`fits_of_probe` counts them): with many thousands of images take fewer shuffles.
 
     Args:
-        latents: (N, D).
+        latents: (N, D), taken as float32.
         factor: with N values.
         patients: (N,) patient of each image.
         folds: of the cross-validation.
@@ -290,18 +337,22 @@ def fit_probe(
     """
     check_level(level)
     known = np.isfinite(factor.values)
-    x, y = np.asarray(latents, dtype=np.float64)[known], factor.values[known]
-    of_images = [patient for patient, is_known in zip(patients, known, strict=True) if is_known]
+    rows, y = np.flatnonzero(known), factor.values[known]
+    x = np.asarray(latents, dtype=np.float32)
+    of_images = [patients[row] for row in rows]
     codes = patient_codes(of_images, len(y))
     splits = list(patient_folds(y, codes, folds, seed))
-    prepared, scores, places = [], np.empty(len(y)), np.empty(len(y), dtype=np.intp)
+    rng = np.random.default_rng([seed, 1])  # apart from the draws of the intervals
+    shuffled = [y[shuffle_patients(codes, rng)] for _ in range(shuffles)]
+    scores, places, by_chance = np.empty(len(y)), np.empty(len(y), dtype=np.intp), np.empty((shuffles, len(y)))
     for place, (train, test) in enumerate(splits):
-        scaler = StandardScaler().fit(x[train])
-        inside, outside = scaler.transform(x[train]), scaler.transform(x[test])
+        scaler, inside = _prepare(x[rows[train]], seed)
+        outside = scaler.transform(x[rows[test]])
         strength = _choose_strength(inside, y[train], codes[train], factor.is_binary, seed)
-        prepared.append((train, test, inside, outside, strength))
-        coefficients, bias = _fit(inside, y[train], strength, factor.is_binary)
-        scores[test], places[test] = outside @ coefficients + bias, place
+        for values, found in zip([y, *shuffled], [scores, *by_chance], strict=True):
+            coefficients, bias = _fit(inside, values[train], strength, factor.is_binary)
+            found[test] = outside @ coefficients + bias
+        places[test] = place
     centres = np.empty(len(y))
     for train, test in splits:
         centres[test] = y[train].mean()
@@ -319,21 +370,23 @@ def fit_probe(
         }
         chance = {"r2": 0.0, "mae": float(np.abs(centres - y).mean())}
     measured = figures["auroc" if factor.is_binary else "r2"].value
-    null = _null(prepared, y, codes, factor.is_binary, shuffles, seed)
+    null = np.array([_score(*pair, factor.is_binary) for pair in zip(by_chance, shuffled, strict=True)])
     ends = None
     if shuffles:
         low, high = (float(np.quantile(null, q)) for q in ((1 - level) / 2, (1 + level) / 2))
         ends = float(null.mean()), low, high
-    scaler = StandardScaler().fit(x)
-    strength = _choose_strength(scaler.transform(x), y, codes, factor.is_binary, seed)
-    coefficients, bias = _fit(scaler.transform(x), y, strength, factor.is_binary)
-    weight = coefficients / scaler.scale_
+    scaler, inside = _prepare(x[rows], seed)
+    strength = _choose_strength(inside, y, codes, factor.is_binary, seed)
+    coefficients, bias = _fit(inside, y, strength, factor.is_binary)
+    weight = coefficients if len(scaler) == 1 else coefficients @ scaler[-1].components_
+    weight = weight.astype(np.float64) / scaler[0].scale_
+    bias += float((scaler.transform(np.zeros((1, x.shape[1]), np.float32)) @ coefficients)[0])
     all_scores, all_folds = np.full(len(known), np.nan), np.full(len(known), -1)
     all_scores[known], all_folds[known] = scores, places
     return Probe(
         factor,
         weight,
-        float(bias - scaler.mean_ @ weight),
+        bias,
         all_scores,
         all_folds,
         figures,
@@ -344,6 +397,15 @@ def fit_probe(
         int(codes.max()) + 1,
         strength,
     )
+
+
+def _prepare(x: NDArray[np.float32], seed: int) -> tuple[Pipeline, NDArray[np.float32]]:
+    """What standardises latents, and those (N, D) it was fitted to, which are overwritten: they may fill the memory."""
+    steps: list[Any] = [StandardScaler(copy=False)]
+    if x.shape[1] > COMPONENTS:
+        steps.append(PCA(min(COMPONENTS, len(x) - 1), copy=False, svd_solver="randomized", random_state=seed))
+    scaler = make_pipeline(*steps)
+    return scaler, scaler.fit_transform(x)
 
 
 def _fit(x: Array, y: Array, strength: float, is_binary: bool) -> tuple[Array, float]:
@@ -386,21 +448,6 @@ def _score(scores: Array, y: Array, is_binary: bool) -> float:
     if is_binary:
         return auroc(scores, y)
     return float(1 - ((y - scores) ** 2).sum() / ((y - y.mean()) ** 2).sum())
-
-
-def _null(
-    prepared: list[tuple[Any, ...]], y: Array, codes: NDArray[np.intp], is_binary: bool, shuffles: int, seed: int
-) -> Array:
-    """(shuffles,) AUROC or R2 of probes of shuffled values."""
-    rng = np.random.default_rng([seed, 1])  # apart from the draws of the intervals
-    null, scores = np.empty(shuffles), np.empty(len(y))
-    for number in range(shuffles):
-        shuffled = y[shuffle_patients(codes, rng)]
-        for train, test, inside, outside, strength in prepared:
-            coefficients, bias = _fit(inside, shuffled[train], strength, is_binary)
-            scores[test] = outside @ coefficients + bias
-        null[number] = _score(scores, shuffled, is_binary)
-    return null
 
 
 def _r2_bootstrap(

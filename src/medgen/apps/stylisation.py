@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import difflib
-import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from medgen.apps.compression import check_space
-from medgen.data import (
-    begin_generation,
-    check_format,
-    derive_seed,
-    pending_groups,
-    provenance_line,
-    write_datalist,
-)
+from medgen.apps.derived import SUFFIXES, check_space, derived_item, derived_record, save_derived
+from medgen.data import begin_generation, check_format, derive_seed, pending_groups, write_datalist
 from medgen.errors import UserError
 from medgen.handlers import check_animation_name, save_grid, write_animation
 from medgen.inferers import draw_latents, parse_numbers, walk_positions
@@ -45,7 +37,6 @@ __all__ = ["MODES", "StylisedSet", "select_images", "step_aside"]
 MODES = ("mix", "interpolate", "around")
 # StyleGAN, figure 3: styles of 4² and 8², of 16² and 32², and of what is finer
 STYLES = {"coarse": range(4), "middle": range(4, 8), "fine": range(8, 64)}
-SUFFIXES = {"png": ".png", "dicom": ".dcm"}
 SHOWN_AROUND, SMALLEST_TILE = 8, 128  # of pictures: samples in a row, pixels of a tile
 
 
@@ -149,11 +140,11 @@ class StylisedSet:
     - ``around``: samples at a distance from a patient, :func:`step_aside`; ``distances.csv`` says how far each is from
       the patient's reconstruction, ``images/around.png`` shows it first in each row.
 
-    Samples go to ``samples/``, written by the caller. ``generation.json`` holds the settings that decide the pixels.
-    ``datalist.json`` says of each image that it is synthetic, from which images of which patients it was made, and by
-    which generator. These images show patients: they are not anonymous, and a study that tests on one of the patients
-    must not train on them. All of a set have one synthetic patient, since they share their origin: a split by patient
-    keeps them together.
+    Samples go to ``samples/``, rendered by the caller and written by :meth:`save`. ``generation.json`` holds the
+    settings that decide the pixels. ``datalist.json`` says of each image that it is synthetic, from which images of
+    which patients it was made, and by which generator. These images show patients: they are not anonymous, and a study
+    that tests on one of the patients must not train on them. What lies around one patient has one synthetic patient;
+    so have all mixtures, or all frames, of a set: a split by patient keeps together what was made from the same.
 
     Args:
         embedding: latents of real images.
@@ -177,7 +168,7 @@ class StylisedSet:
     Attributes:
         generator: the one that renders: of w+ where styles of w are mixed.
         items: all samples, with ``latent`` (L, D), ``name``, and the indices of their ``sources``.
-        todo: those that are to be made, with ``latent``, ``name`` and ``patient``.
+        todo: those that are to be made, with ``latent`` and ``name``.
 
     Raises:
         UserError: a setting that is none, or that the space does not allow; unknown images; or a folder that holds
@@ -211,7 +202,7 @@ class StylisedSet:
         check_animation_name(file_name)
         self.embedding, self.generator, self.mode = embedding, generator, mode
         self.output_dir, self.resume, self.modality = Path(output_dir), resume, modality
-        self.file_name, self.fps, self.suffix = file_name, fps, SUFFIXES[file_format]
+        self.file_name, self.fps, self.file_format = file_name, fps, file_format
         self.rows = select_images(embedding, images)
         self.columns = self.rows if columns is None else select_images(embedding, columns, "columns")
         self.settings: dict[str, Any] = {}
@@ -223,7 +214,8 @@ class StylisedSet:
             self.items = self._samples(parse_numbers(seeds, "seeds"), sigma)
         self.settings["file_format"] = file_format
         todo = pending_groups(self.items, self._is_there, batch_size, resume)
-        self.todo = [{"latent": item["latent"], "name": item["name"], "patient": self.patient} for item in todo]
+        self.todo = [{"latent": item["latent"], "name": item["name"]} for item in todo]
+        self._listed = {item["name"]: self._datalist_item(item) for item in self.items}
 
     # -------------------------------------------------------------- what to make
 
@@ -242,7 +234,8 @@ class StylisedSet:
                 "style; in z set --mode interpolate or --mode around"
             )
         if self.generator.space == "w":
-            self.generator = LatentGenerator(self.generator.network, "w+", self.generator.sha256)
+            device = self.generator.mean.device
+            self.generator = LatentGenerator(self.generator.network, "w+", self.generator.sha256).to(device)
         last = self.generator.latent_shape[0] - 1
         groups = {name: [layer for layer in group if layer <= last] for name, group in STYLES.items()}
         if layers is not None:
@@ -320,29 +313,10 @@ class StylisedSet:
         return self.output_dir / "samples"
 
     @property
-    def patient(self) -> str:
-        """The synthetic patient that all samples belong to: a code of where they come from, which names nobody."""
-        of = "\n".join([self.generator.sha256, *sorted(self._names({*self.rows, *self._columns_used()}))])
-        return f"synthetic-{hashlib.sha256(of.encode()).hexdigest()[:12]}"
-
-    @property
     def record(self) -> dict[str, Any]:
         """All that decides the pixels."""
-        indices = [*self.rows, *self._columns_used()]
-        return {
-            "generator_sha256": self.generator.sha256,
-            "mode": self.mode,
-            "images": self._names(self.rows),
-            **self.settings,
-            "space": self.embedding.space,
-            "stage": self.embedding.stage,
-            "latents_sha256": hashlib.sha256(self.embedding.latents[indices].tobytes()).hexdigest(),
-        }
-
-    @property
-    def provenance(self) -> str:
-        """The record as a line, the weights first."""
-        return provenance_line(self.record)
+        latents = self.embedding.latents[[*self.rows, *self._columns_used()]]
+        return derived_record(self.embedding, self.generator, self.mode, self.rows, latents, **self.settings)
 
     @property
     def summary(self) -> str:
@@ -360,25 +334,21 @@ class StylisedSet:
         """
         begin_generation(self.output_dir, self.folder, self.record, self.resume)
 
+    def save(self, data: Mapping[str, Any]) -> None:
+        """Write a sample.
+
+        Args:
+            data: ``name`` of the sample, and its image ``pred`` (C, H, W) in [0, 1].
+        """
+        save_derived(self.output_dir, self._listed[data["name"]], self.record, self.file_format, data["pred"])
+
     def finish(self) -> None:
         """Write the datalist, the pictures and the distances, once all samples are there."""
-        items = [
-            {
-                "image": f"samples/{item['name']}{self.suffix}",
-                "patient": self.patient,
-                "synthetic": True,
-                "derived_from": self._names(item["sources"]),
-                "derived_from_patients": self._patients(item["sources"]),
-                **{key: item[key] for key in ("seed", "position", "styles") if key in item},
-                "generator_sha256": self.generator.sha256,
-            }
-            for item in self.items
-        ]
         write_datalist(
             self.output_dir / "datalist.json",
             f"synthetic: {self.mode}",
             self.modality,
-            {"training": items},
+            {"training": list(self._listed.values())},
             generation=self.record,
         )
         made = {item["name"]: self._read(item["name"]) for item in self.items}
@@ -398,18 +368,24 @@ class StylisedSet:
     def _names(self, indices: Iterable[int]) -> list[str]:
         return [self.embedding.items[i]["image"] for i in indices]
 
-    def _patients(self, indices: Iterable[int]) -> list[str]:
-        items = [self.embedding.items[i] for i in indices]  # of a folder of images nobody's patient is known
-        return list(dict.fromkeys(str(item["patient"]) for item in items if "patient" in item))
+    def _datalist_item(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        # mixtures, and frames, pass over into each other; what lies around two patients does not
+        among = item["sources"] if self.mode == "around" else [*self.rows, *self._columns_used()]
+        sources, among = ([self.embedding.items[i] for i in indices] for indices in (item["sources"], among))
+        how = {key: item[key] for key in ("seed", "position", "styles") if key in item}
+        return derived_item(self._file(item["name"]), sources, among, self.generator.sha256, **how)
+
+    def _file(self, name: str) -> str:
+        return f"{self.folder.name}/{name}{SUFFIXES[self.file_format]}"
 
     def _is_there(self, item: dict[str, Any]) -> bool:
-        return (self.folder / f"{item['name']}{self.suffix}").is_file()
+        return (self.output_dir / self._file(item["name"])).is_file()
 
     def _read(self, name: str) -> torch.Tensor:
         """A sample (C, H, W) in [0, 1]: what is on the disk is what a person should see."""
-        path = self.folder / f"{name}{self.suffix}"
+        path = self.output_dir / self._file(name)
         # not by the collection's reader, which stretches a DICOM picture without a window to its own range
-        pixels = pydicom.dcmread(path).pixel_array if self.suffix == ".dcm" else np.array(Image.open(path))
+        pixels = pydicom.dcmread(path).pixel_array if path.suffix == ".dcm" else np.array(Image.open(path))
         return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1) / np.float32(255))
 
     @torch.no_grad()
@@ -431,7 +407,7 @@ class StylisedSet:
                 ]
                 grid.append(torch.stack([own[row], *mixed]))
             kind = name if name == "styles" else f"{name} styles"
-            text = f"{kind} {_span(group)} from the top row"
+            text = f"synthetic: {kind} {_span(group)} from the top row"
             save_grid(_enlarged(grid), self.output_dir / "images" / f"mix_{name}.png", gap=4, caption=text)
 
     def _draw_around(self, made: dict[str, torch.Tensor]) -> None:
@@ -440,7 +416,7 @@ class StylisedSet:
         grid = [
             torch.stack([own[row], *(made[f"image{row:04d}_seed{seed:06d}"] for seed in seeds)]) for row in self.rows
         ]
-        caption = f"patient | around it, sigma {self.settings['sigma']:g}"
+        caption = f"synthetic: patient | around it, sigma {self.settings['sigma']:g}"
         save_grid(_enlarged(grid), self.output_dir / "images" / "around.png", gap=4, caption=caption)
 
     def _write_distances(self, made: dict[str, torch.Tensor]) -> None:
@@ -457,7 +433,7 @@ class StylisedSet:
                 image, reference = made[item["name"]][None], own[row][None]
                 values = [apart, (image - reference).square().mean().item()]
                 values += [ms_ssim(image, reference).item()] if has_ms_ssim else []
-                names = [f"samples/{item['name']}{self.suffix}", self.embedding.items[row]["image"]]
+                names = [self._file(item["name"]), self.embedding.items[row]["image"]]
                 table.writerow([*names, item["seed"], *(f"{value:.6g}" for value in values)])
 
 

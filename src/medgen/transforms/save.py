@@ -14,7 +14,7 @@ import numpy as np
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_numpy, ensure_tuple
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from medgen.data.datalist import distinct_names
 from medgen.errors import UserError
@@ -179,6 +179,7 @@ class SavePNG(_Save):
         postfix: goes between the input's name and ``.png``.
         inputs: paths of all inputs of a run. Those whose outputs would have one name (``a.png`` beside ``a.dcm``) keep
             their own suffix in it. Without, the second one of them is an error.
+        text: keyword -> text, written into each file as the PNG's text chunks.
 
     Raises:
         UserError: if ``bits`` is neither 8 nor 16.
@@ -193,11 +194,15 @@ class SavePNG(_Save):
         bits: int = 8,
         postfix: str = "",
         inputs: Sequence[str | PathLike[str]] = (),
+        text: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(output_dir, data_root, postfix, inputs)
         if bits not in (8, 16):
             raise UserError(f"bits must be 8 or 16, got {bits}")
         self.bits = bits
+        self.text = PngImagePlugin.PngInfo()
+        for keyword, value in (text or {}).items():
+            self.text.add_text(keyword, value)  # Latin-1 as tEXt, the rest as iTXt
 
     def write(self, array: np.ndarray, path: Path, name: str) -> None:
         """Write (1, H, W) or (3, H, W) in [0, 1]."""
@@ -210,7 +215,7 @@ class SavePNG(_Save):
         top = 2**self.bits - 1
         levels = np.rint(np.clip(array.astype(np.float64), 0, 1) * top).astype(np.uint8 if top == 255 else np.uint16)
         image = Image.fromarray(levels[0] if array.shape[0] == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0)))
-        image.save(path, format="PNG")
+        image.save(path, format="PNG", pnginfo=self.text)
 
 
 class SavePNGd(_Saved):
