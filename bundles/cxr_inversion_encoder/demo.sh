@@ -49,7 +49,7 @@ show "${run[@]}" "['configs/compress.json','configs/demo.json']" "${data[@]}" "$
 show "${run[@]}" "['configs/disentangle.json','configs/demo.json']" "${generator[@]}" \
     --embedding "$out/encoded/embedding" --output_dir "$out/factors"
 show "${run[@]}" "['configs/manipulate.json','configs/demo.json']" "${generator[@]}" \
-    --embedding "$out/encoded/embedding" --directions "$out/factors/directions.safetensors" --direction age \
+    --embedding "$out/encoded/embedding" --directions "$out/factors/directions.safetensors" --direction sex \
     --images 0,1,2 --output_dir "$out/manipulated"
 show "${run[@]}" "['configs/stylise.json','configs/demo.json']" "${generator[@]}" --mode interpolate \
     --embedding "$out/optimised/embedding" --images 0,1 --output_dir "$out/between"
@@ -61,7 +61,7 @@ show "$PYTHON" -m medgen registry register . --name cxr_inversion_encoder_demo -
 
 cat <<TEXT
 
-The demo is done. Its generator has seen twelve thousand images of 32 pixels and its encoder a few thousand more: blurred
+The demo is done. Its generator has seen twelve thousand images of 32 pixels and its encoder some eighteen thousand: blurred
 thoraces are what to expect. Look at
   synthetic images, and what their latents' estimates draw:  $out/synthetic/images/test.png
   real images, reconstructions, differences:                 $out/evaluation/images/test.png
@@ -69,9 +69,9 @@ thoraces are what to expect. Look at
   latents against JPEG and JPEG 2000:                        $out/compression/images/
   a map of the latents, to open in a browser:                $out/factors/map.html
   directions of labels, and unsupervised ones:               $out/factors/images/directions.png
-  images moved along the direction of age:                   $out/manipulated/images/
-  a walk from patient to patient:                            $out/between/interpolation.gif
-  samples around a patient:                                  $out/around/images/grid.png
+  images moved along the direction of sex:                   $out/manipulated/images/
+  a walk from patient to patient:                            $out/between/images/interpolation.gif
+  samples around a patient:                                  $out/around/images/around.png
   curves, pictures and the registered model in MLflow:
     $PYTHON -m mlflow ui --backend-store-uri sqlite:///$out/training/mlflow.db
 TEXT
