@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import pydicom
 import torch
 
 from medgen.errors import find_user_error
+from medgen.networks import LatentGenerator
 
 
 def command(config_file: list[str], output_dir: Path, **overrides: object) -> list[str]:
@@ -130,3 +132,52 @@ def assert_resumes(generate: Callable[..., Any], folder: Path) -> None:
         return {str(p.relative_to(of)): p.read_bytes() for p in of.rglob("*") if p.is_file()}
 
     assert content(folder / "killed") == content(folder / "whole")
+
+
+def search_killed_twice(
+    bundle: Path, config: list[str], folder: Path, pictures: int, **settings: Any
+) -> tuple[dict[str, bytes], dict[str, bytes], int, str]:
+    """A search for latents with two SIGKILLs at random moments, beside one that was not disturbed.
+
+    Returns:
+        Files of the undisturbed run, files of the other one, records that the kills left, output of what came after.
+    """
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
+    running = start(bundle, command(config, undisturbed, **settings, resume="true"))
+    seed = int(time.time())
+    print(f"seed of the kills: {seed}")
+    rng = random.Random(seed)
+    done = 0
+    for _ in range(2):
+        process = start(bundle, command(config, killed, **settings, resume="true"))
+        while process.poll() is None and len(list(killed.glob("projections/*.npz"))) <= done:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        assert process.poll() is None, "the search was over before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        done = len(list(killed.glob("projections/*.npz")))
+        assert done < pictures
+    output = finish(start(bundle, command(config, killed, **settings, resume="true")))
+    finish(running)
+    return files_in(undisturbed), files_in(killed), done, output
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Contents of all files below a folder, by their relative names."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def tiny_generator(folder: Path, space: str, family: type, arguments: dict[str, Any]) -> LatentGenerator:
+    """A generator with random weights, and ``folder/SPACE.json``, an overlay of the applications that names it."""
+    torch.manual_seed(0)
+    network = family(**arguments)
+    weights = folder / f"{space}.pt"
+    torch.save(network.state_dict(), weights)
+    definition = {"network_def": {"_target_": f"medgen.networks.{family.__name__}", **arguments}}
+    (folder / f"{space}_generator.json").write_text(json.dumps(definition))
+    overlay = {"generator_overlay": str(folder / f"{space}_generator.json"), "generator_weights": str(weights)}
+    overlay |= {"space": space, "embedding": str(folder / space)}
+    (folder / f"{space}.json").write_text(json.dumps(overlay))
+    return LatentGenerator(network, space, hashlib.sha256(weights.read_bytes()).hexdigest())

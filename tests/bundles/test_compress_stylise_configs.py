@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
-from running import assert_one_line, run
+from running import assert_one_line, run, tiny_generator
 
 from medgen.data import Embedding, load_datalist
-from medgen.networks import LatentGenerator, PGGANGenerator, StyleGAN2Generator
+from medgen.networks import PGGANGenerator, StyleGAN2Generator
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "cxr_inversion_encoder"
 DEFINITIONS = {
@@ -36,16 +35,7 @@ def folder(tmp_path_factory, datalist):
         for item in listed[split]
     ]
     for space, (family, arguments) in DEFINITIONS.items():
-        torch.manual_seed(0)
-        network = family(**arguments)
-        weights = folder / f"{space}.pt"
-        torch.save(network.state_dict(), weights)
-        definition = {"network_def": {"_target_": f"medgen.networks.{family.__name__}", **arguments}}
-        (folder / f"{space}_generator.json").write_text(json.dumps(definition))
-        overlay = {"generator_overlay": str(folder / f"{space}_generator.json"), "generator_weights": str(weights)}
-        overlay |= {"space": space, "embedding": str(folder / space)}
-        (folder / f"{space}.json").write_text(json.dumps(overlay))
-        generator = LatentGenerator(network, space, hashlib.sha256(weights.read_bytes()).hexdigest())
+        generator = tiny_generator(folder, space, family, arguments)
         with torch.no_grad():
             latents = generator.from_z(torch.randn(len(items), 8)).numpy()
         parts = (latents, items, space, generator.sha256, "", generator.mean.numpy(), float(generator.std), "encoder")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
-from running import assert_one_line, command, finish, run, start
+from running import assert_one_line, files_in, run, search_killed_twice
 
 from medgen.data import Embedding
 from medgen.inferers import LatentOptimiser
@@ -67,12 +63,6 @@ def assert_refused(message: str, folder: Path, output_dir: Path, datalist: Path,
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(make(folder, output_dir, datalist, **overrides))
     assert_one_line(caught.value, message)
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    """All but the hidden ones: what a kill in the middle of writing leaves."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def generator_of(folder: Path) -> LatentGenerator:
@@ -221,24 +211,7 @@ def test_image_that_diverges_is_listed_and_the_others_are_embedded(folder, datal
 def test_optimisation_killed_with_sigkill_and_resumed_leaves_the_same_files(folder, datalist, tmp_path):
     settings = {"input_dir": datalist.parent, "model_path": folder / "model.pt", "batch_size": 3, "steps": 300}
     config = ["configs/optimise.json", str(folder / "tiny.json"), str(folder / "optimise.json")]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    running = start(BUNDLE, command(config, undisturbed, **settings, resume="true"))
-    seed = int(time.time())
-    print(f"seed of the kills: {seed}")
-    rng = random.Random(seed)
-    done = 0
-    for _ in range(2):
-        process = start(BUNDLE, command(config, killed, **settings, resume="true"))
-        while process.poll() is None and len(list(killed.glob("projections/*.npz"))) <= done:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3))
-        assert process.poll() is None, "the optimisation was over before it could be killed"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        done = len(list(killed.glob("projections/*.npz")))
-    finish(start(BUNDLE, command(config, killed, **settings, resume="true")))
-    finish(running)
-    expected, found = files_in(undisturbed), files_in(killed)
+    expected, found, _, _ = search_killed_twice(BUNDLE, config, tmp_path, 16, **settings)
     assert len([name for name in expected if name.startswith("projections/")]) == 16
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []

@@ -5,11 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
-from running import assert_one_line, command, finish, run, start
+from running import assert_one_line, files_in, run, search_killed_twice
 
 from medgen.data.image_set import file_sha256
 from medgen.losses import PixelMSSSIMLoss
@@ -55,12 +51,6 @@ def make(
     return ConfigWorkflow(files, logging_file=False, workflow_type="infer", **{**settings, **overrides})
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    """All but the hidden ones: what a kill in the middle of writing leaves."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
 @pytest.mark.slow(
     reason="starts four projections as processes of their own; importing MONAI alone takes seconds in each"
 )
@@ -68,26 +58,8 @@ def test_projection_killed_with_sigkill_and_resumed_leaves_the_same_files(folder
     # the folder's images and masks: 16 pictures in groups of 3
     settings = {"input_dir": datalist.parent, "model_path": folder / "tiny.pt", "batch_size": 3, "steps": 120}
     config = ["configs/project.json", str(folder / "tiny.json")]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    running = start(BUNDLE, command(config, undisturbed, **settings, resume="true"))
-    seed = int(time.time())
-    print(f"seed of the kills: {seed}")
-    rng = random.Random(seed)
-    done = 0
-    for _ in range(2):
-        process = start(BUNDLE, command(config, killed, **settings, resume="true"))
-        while process.poll() is None and len(list(killed.glob("projections/*.npz"))) <= done:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3))
-        assert process.poll() is None, "the projection was over before it could be killed"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        done = len(list(killed.glob("projections/*.npz")))
-        assert done < 16
-    output = finish(start(BUNDLE, command(config, killed, **settings, resume="true")))
+    expected, found, done, output = search_killed_twice(BUNDLE, config, tmp_path, 16, **settings)
     assert f"projecting {16 - done // 3 * 3} of 16 images" in output  # groups that were finished are not done again
-    finish(running)
-    expected, found = files_in(undisturbed), files_in(killed)
     assert len([name for name in expected if name.startswith("projections/")]) == 16
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []

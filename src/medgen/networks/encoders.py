@@ -11,6 +11,7 @@ Legend of the shape suffixes:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -49,13 +50,19 @@ CONVNEXT_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
 }  # fmt: skip
 
 
-def _trunk(size: str, in_channels: int, patch: int, layer_scale: float, stages: int) -> nn.Sequential:
+def _trunk(
+    image_size: tuple[int, int], in_channels: int, size: str, patch: int, layer_scale: float, stages: int
+) -> nn.Sequential:
     """Stem and stages of ConvNeXt."""
     if size not in CONVNEXT_SIZES:
         raise UserError(f"size must be one of {', '.join(CONVNEXT_SIZES)}, got {size!r}; set --encoder_size")
     for name, value in (("in_channels", in_channels), ("patch", patch)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}; set --{name}")
+    if min(image_size) < 8 * patch:
+        raise UserError(
+            f"image_size must be at least {8 * patch} for patches of {patch}, got {image_size}; set --patch"
+        )
     # torchvision refuses to load beside a torch of another release: only those who use an encoder need it
     from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
@@ -70,7 +77,7 @@ def _trunk(size: str, in_channels: int, patch: int, layer_scale: float, stages: 
     return trunk
 
 
-class LatentEncoder(nn.Module):
+class LatentEncoder(nn.Module, ABC):
     """Base of the encoders: images to latents (B, L, D) of a generator.
 
     Subclasses implement :meth:`estimate`, in units of the latents' deviation from their mean. Mean and deviation are
@@ -105,9 +112,9 @@ class LatentEncoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(shape))
         self.register_buffer("latent_std", torch.ones(()))
 
+    @abstractmethod
     def estimate(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, D) of images (B, C, H, W) in [-1, 1]."""
-        raise NotImplementedError
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Latents of images.
@@ -264,17 +271,13 @@ class ConvNeXtEncoder(LatentEncoder):
         layer_scale: float = 1e-6,
     ) -> None:
         super().__init__(image_size, in_channels, latent_shape, space)
+        self.trunk = _trunk(self.image_size, in_channels, size, patch, layer_scale, 4)
         smallest = min(self.image_size) // (8 * patch)
-        if smallest < 1:
-            raise UserError(
-                f"image_size must be at least {8 * patch} for patches of {patch}, got {self.image_size}; set --patch"
-            )
         if not 1 <= pooled_size <= smallest:
             raise UserError(
                 f"pooled_size must be from 1 to {smallest}, the side of the last map of {self.image_size} pixels under "
                 f"patches of {patch}, got {pooled_size}; set --pooled_size, or a smaller --patch"
             )
-        self.trunk = _trunk(size, in_channels, patch, layer_scale, 4)
         width = CONVNEXT_SIZES[size][0][-1]
         self.pool = nn.AdaptiveAvgPool2d(pooled_size)
         self.norm = nn.LayerNorm(width * pooled_size**2, eps=1e-6)
@@ -340,13 +343,9 @@ class PyramidEncoder(LatentEncoder):
         super().__init__(image_size, in_channels, latent_shape, space)
         if space != "w+":
             raise UserError(f"a pyramid of styles is for the space w+, got {space!r}; use ConvNeXtEncoder")
+        self.trunk = _trunk(self.image_size, in_channels, size, patch, layer_scale, 3)
         styles, width = self.latent_shape
         sides = [min(self.image_size) // (patch * factor) for factor in (4, 2, 1)]
-        if sides[0] < 2:
-            raise UserError(
-                f"image_size must be at least {8 * patch} for patches of {patch}, got {self.image_size}; set --patch"
-            )
-        self.trunk = _trunk(size, in_channels, patch, layer_scale, 3)
         widths = CONVNEXT_SIZES[size][0][:3]
         self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths)
         self.map_of_style = [
