@@ -20,8 +20,10 @@ demo: $(VENV)/.installed
 	@test -x bundles/$(BUNDLE)/demo.sh || { echo "no bundle $(BUNDLE) with a demo; there are: $(patsubst bundles/%/demo.sh,%,$(wildcard bundles/*/demo.sh))" >&2; exit 1; }
 	PYTHON=$(PY) OUT="$(OUT)" DATALIST="$(DATALIST)" DATASET_DIR="$(DATASET_DIR)" bundles/$(BUNDLE)/demo.sh
 
+# one thread each: two processes that compute with two threads each are slower than one
+WORKERS ?= 2
 test: $(VENV)/.installed
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
