@@ -23,6 +23,7 @@ COMMANDS = {
     "phantom": "medgen.data.phantom.command",
     "registry": "medgen.cli_registry",
     "report": "medgen.report.command",
+    "tracking": "medgen.tracking.command",
 }
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "check_apart",
     "disable_usage_reports",
     "git_revision",
+    "keep_run_name",
     "plain_json",
     "prepare_output_dir",
     "run_name",
@@ -138,9 +139,14 @@ def run_name(output_dir: str | Path, prefix: str, resume: bool = False) -> str:
     if resume and record.is_file():
         return json.loads(record.read_text(encoding="utf-8"))["run_name"]
     name = unique_name(prefix)
-    if int(os.environ.get("RANK", "0")) == 0:
-        atomic_write_text(record, json.dumps({"run_name": name}) + "\n")
+    keep_run_name(output_dir, name)
     return name
+
+
+def keep_run_name(output_dir: str | Path, name: str) -> None:
+    """Note the name of the training run of an output folder for :func:`run_name`; rank 0 does."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        atomic_write_text(Path(output_dir) / "run.json", json.dumps({"run_name": name}) + "\n")
 
 
 def git_revision() -> str:

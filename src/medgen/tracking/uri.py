@@ -1,0 +1,53 @@
+"""Where runs are tracked: checks of the address, and what it is by default."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from medgen.errors import UserError
+
+__all__ = ["database_of", "default_uri", "local_uri", "resolve_uri"]
+
+_SECRET = re.compile(r"[?&;](password|passwd|pwd|token|secret)=", re.IGNORECASE)
+
+
+def default_uri(output_dir: str | Path) -> str:
+    """``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` in the output folder where that is not set."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or local_uri(output_dir)
+
+
+def local_uri(output_dir: str | Path) -> str:
+    """The SQLite file ``mlflow.db`` in a folder."""
+    return f"sqlite:///{Path(output_dir).absolute().as_posix()}/mlflow.db"
+
+
+def resolve_uri(tracking_uri: str) -> str:
+    """The address of a tracker, checked; that of a SQLite file made absolute.
+
+    Args:
+        tracking_uri: ``http://host:port``, ``sqlite:///path/mlflow.db`` or another database.
+
+    Raises:
+        UserError: it holds a password, or names a folder, which MLflow no longer tracks in.
+    """
+    shown = re.sub(r"//[^/]*@", "//", tracking_uri).partition("?")[0]  # without what may be secret
+    if "@" in tracking_uri.partition("://")[2].partition("/")[0] or _SECRET.search(tracking_uri):
+        raise UserError(
+            f"tracking_uri must hold no user and no password, got some with {shown}; take them out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+        )
+    if tracking_uri.startswith("file:") or ("://" not in tracking_uri and not tracking_uri.startswith("databricks")):
+        folder = Path(re.sub("^file:(//)?", "", tracking_uri)).absolute()
+        raise UserError(
+            f"tracking_uri must be a server or a database, got {shown}; for a local one give "
+            f"sqlite:///{folder.as_posix()}/mlflow.db"
+        )
+    database = database_of(tracking_uri)
+    return f"sqlite:///{database.absolute().as_posix()}" if database else tracking_uri
+
+
+def database_of(uri: str) -> Path | None:
+    """File of a SQLite tracker; None for any other."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
