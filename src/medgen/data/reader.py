@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -21,7 +22,7 @@ from pydicom.pixels import apply_color_lut, pixel_array
 
 from medgen.errors import UserError
 
-__all__ = ["Frame", "UnreadableImageError", "read_frames"]
+__all__ = ["Frame", "UnreadableImageError", "picture_frames", "read_frames"]
 
 MAX_VOXELS = 2**30  # a whole-body CT of 512 x 512 x 4096; 4 GiB as float32
 
@@ -123,7 +124,7 @@ def read_some(path: Path, window: tuple[float, float] | None, only: int | None) 
         kind = file_kind(path)
         with quiet_pydicom():
             if kind == "picture":
-                return _picture_frames(path, only)
+                return picture_frames(path, only)
             if kind == "DICOM":
                 return _dicom_frames(path, window, only)
             return _nifti_frames(path, window, only, zipped=kind == "gzip")
@@ -178,7 +179,12 @@ def has_known_content(path: Path) -> bool:
 # PNG, JPEG, TIFF, BMP
 
 
-def _picture_frames(path: Path, only: int | None) -> list[Frame]:
+def picture_frames(path: Path | BinaryIO, only: int | None) -> list[Frame]:
+    """Frames of a PNG, JPEG, TIFF or BMP, or that one alone whose number is given.
+
+    Raises:
+        UnreadableImageError: it is none, or damaged.
+    """
     try:
         opened = Image.open(path, formats=_PILLOW_FORMATS)
     except Image.UnidentifiedImageError:

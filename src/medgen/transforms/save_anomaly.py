@@ -24,7 +24,15 @@ from medgen.metrics.detection_table import MEASURES
 from medgen.transforms.anomaly import pixels_of_file
 from medgen.transforms.save import _Save
 
-__all__ = ["SaveAnomalyDICOMd", "SaveMapd", "SaveOverlayd", "draw_overlay"]
+__all__ = [
+    "SaveAnomalyDICOMd",
+    "SaveMapd",
+    "SaveOverlayd",
+    "draw_overlay",
+    "scale_top",
+    "with_colour_bar",
+    "worst_patch",
+]
 
 COLOUR_MAP = "plasma"  # perceptually uniform, and none of its colours is a grey
 OPACITY = 0.65  # at the top of the scale; 0 at its foot
@@ -76,7 +84,7 @@ def _blend(grey: np.ndarray, share: np.ndarray) -> np.ndarray:
     return (1 - opacity) * grey + opacity * matplotlib.colormaps[COLOUR_MAP](share[..., 0])[..., :3]
 
 
-def _with_colour_bar(picture: np.ndarray, limit: float, title: str) -> np.ndarray:
+def with_colour_bar(picture: np.ndarray, limit: float, title: str) -> np.ndarray:
     """The picture with the scale to its right, as it looks over middle grey."""
     height = picture.shape[0]
     font = ImageFont.load_default(size=max(14, height // 36))
@@ -186,9 +194,9 @@ class SaveOverlayd(_AnomalyFiles):
         factor = -(-SMALLEST_PICTURE // min(source.shape))
         for key, measure, limit, saver in self.key_iterator(d, self.measures, self.limits, self.savers):
             heat = convert_to_numpy(d[key])[0]
-            top = _top(heat, limit)
-            box = _worst_patch(d["scores"], measure, d[self.image_key])
-            picture = _with_colour_bar(draw_overlay(source, heat, top, box, factor), top, measure.upper())
+            top = scale_top(heat, limit)
+            box = worst_patch(d["scores"], measure, d[self.image_key])
+            picture = with_colour_bar(draw_overlay(source, heat, top, box, factor), top, measure.upper())
             file = io.BytesIO()
             # over a radiograph the usual level takes six times as long, for a file a sixth smaller
             Image.fromarray(picture).save(file, format="PNG", compress_level=1)
@@ -286,9 +294,9 @@ class SaveAnomalyDICOMd(_AnomalyFiles):
         scored = "x".join(str(side) for side in d[self.image_key].shape[1:])
         for key, measure, limit, savers in self.key_iterator(d, self.measures, self.limits, self.savers):
             heat = convert_to_numpy(d[key])[0]
-            top = _top(heat, limit)
+            top = scale_top(heat, limit)
             name, patch = measure.upper(), d["scores"]["patch"]
-            box = _worst_patch(d["scores"], measure, d[self.image_key])
+            box = worst_patch(d["scores"], measure, d[self.image_key])
             overlay, parametric = (saver.path(d[key], meta) for saver in savers)
             write_secondary_capture(
                 overlay,
@@ -316,12 +324,12 @@ class SaveAnomalyDICOMd(_AnomalyFiles):
         return d
 
 
-def _top(heat: np.ndarray, limit: float | None) -> float:
+def scale_top(heat: np.ndarray, limit: float | None) -> float:
     """Top of the colour scale; above 0 also for a reconstruction without any error."""
     return limit if limit is not None else max(float(np.nanmax(heat)), 1e-6)
 
 
-def _worst_patch(scores: Mapping[str, float], measure: str, image: MetaTensor) -> tuple[float, float, float, float]:
+def worst_patch(scores: Mapping[str, float], measure: str, image: MetaTensor) -> tuple[float, float, float, float]:
     """First and last row and column of the worst patch, in pixels of the file."""
     matrix, _ = pixels_of_file(image)
     first = np.array([scores[f"{measure}_patch_row"], scores[f"{measure}_patch_column"]], dtype=float)
