@@ -1,15 +1,18 @@
-"""``medgen convert``: other projects' weights into ``model.pt``, and back. Nothing in a foreign file is executed."""
+"""``medgen convert``: weights in and out. Nothing in a foreign file is executed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from medgen.convert.formats import FORMATS, TOLERANCE
 from medgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Read other projects' weights, without executing anything of their files.",
+    help="Read other projects' weights, without executing anything of their files; write a bundle for others to read.",
 )
 
 Output = Annotated[Path, typer.Option("--output", help="State dict to write (.pt).")]
@@ -31,6 +34,64 @@ Config = Annotated[
     typer.Option("--config", help="Overlay with the network's settings.  [default: --output with .json]"),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
+NetworkKey = Annotated[
+    str | None, typer.Option("--network", help="Key of the network in a checkpoint that holds several.")
+]
+HeadChannels = Annotated[
+    str | None,
+    typer.Option(
+        "--num_head_channels",
+        help="Width of the attention heads, for all levels or for each, such as 0,512,768.  [default: as the file "
+        "tells; for the source's network, one head a level]",
+    ),
+]
+NormGroups = Annotated[
+    int | None,
+    typer.Option(
+        "--norm_num_groups",
+        help="Groups of the normalisations.  [default: as the file tells; for the source's networks, 32]",
+    ),
+]
+Autoencoder = Annotated[
+    str | None,
+    typer.Option(
+        "--autoencoder",
+        help="Converted autoencoder of a diffusion network, a file, a bundle's folder or models:/NAME@ALIAS: writes "
+        "scaling.json beside --output.",
+    ),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        "--scale",
+        help="With --autoencoder: what the diffusion network's latents were times.  [default: scale_factor of the "
+        "file; for the source's network, 0.3]",
+    ),
+]
+PredictionType = Annotated[
+    str | None,
+    typer.Option(
+        "--prediction_type",
+        help="What a diffusion network gives: epsilon, v_prediction or sample.  [default: for the source's "
+        "network, v_prediction]",
+    ),
+]
+Overlays = Annotated[
+    list[Path] | None,
+    typer.Option("--overlay", help="JSON overlay that the weights were trained with; may be repeated."),
+]
+BundleWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="File, bundle folder or models:/NAME@ALIAS with weights to take instead of the bundle's own."
+    ),
+]
+TrackingURI = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking_uri", help="sqlite:////path/mlflow.db or http://host:port  [default: $MLFLOW_TRACKING_URI]"
+    ),
+]
 
 
 @app.command("stylegan2-ada")
@@ -69,46 +130,12 @@ def latent_diffusion(
         Path, typer.Argument(help="AutoencoderKL or DiffusionModelUNet (.pth), or a model folder that MLflow logged.")
     ],
     output: Output,
-    network: Annotated[
-        str | None, typer.Option("--network", help="Key of the network in a checkpoint that holds several.")
-    ] = None,
-    num_head_channels: Annotated[
-        str | None,
-        typer.Option(
-            "--num_head_channels",
-            help="Width of the attention heads, for all levels or for each, such as 0,512,768.  [default: as the file "
-            "tells; for the source's network, one head a level]",
-        ),
-    ] = None,
-    norm_num_groups: Annotated[
-        int | None,
-        typer.Option(
-            "--norm_num_groups",
-            help="Groups of the normalisations.  [default: as the file tells; for the source's networks, 32]",
-        ),
-    ] = None,
-    autoencoder: Annotated[
-        Path | None,
-        typer.Option(
-            "--autoencoder", help="Converted autoencoder of a diffusion network: writes scaling.json beside --output."
-        ),
-    ] = None,
-    scale: Annotated[
-        float | None,
-        typer.Option(
-            "--scale",
-            help="With --autoencoder: what the diffusion network's latents were times.  [default: scale_factor of the "
-            "file; for the source's network, 0.3]",
-        ),
-    ] = None,
-    prediction_type: Annotated[
-        str | None,
-        typer.Option(
-            "--prediction_type",
-            help="What a diffusion network gives: epsilon, v_prediction or sample.  [default: for the source's "
-            "network, v_prediction]",
-        ),
-    ] = None,
+    network: NetworkKey = None,
+    num_head_channels: HeadChannels = None,
+    norm_num_groups: NormGroups = None,
+    autoencoder: Autoencoder = None,
+    scale: Scale = None,
+    prediction_type: PredictionType = None,
     config: Config = None,
     force: Force = False,
 ) -> None:
@@ -118,75 +145,171 @@ def latent_diffusion(
     is refused.
     """
     config = _targets(output, config, force)
-    scaling, record = output.with_name("scaling.json"), output.with_name("trained_as.json")
-    files = [output, config, scaling, record, *([] if autoencoder is None else [autoencoder])]
-    if len({path.resolve() for path in files}) < len(files):
-        raise UserError(
-            f"expected different files, got {', '.join(map(str, files))}; choose another --output or --config"
-        )
-    if autoencoder is None and scale is not None:
-        raise UserError("--scale goes into the scaling of an autoencoder's latents; name it with --autoencoder")
-    if autoencoder is not None:
-        _check_target("the scaling", scaling, ".json", force)
-        _check_autoencoder(autoencoder)
-        if scale is not None and not (scale > 0 and math.isfinite(scale)):
-            raise UserError(f"--scale must be a number above 0, got {scale}")
-    if prediction_type is not None:
-        from medgen.settings import check_choice
-
-        check_choice(["epsilon", "v_prediction", "sample"], prediction_type=prediction_type)
-    heads = None
-    if num_head_channels is not None:
-        from medgen.inferers import parse_numbers
-
-        heads = parse_numbers(num_head_channels, "num_head_channels")
+    given = LatentOptions(
+        num_head_channels, norm_num_groups, _weights(autoencoder, "autoencoder"), scale, prediction_type
+    )
+    _check_latent_options(given, output, config, force)
     from medgen.convert.latent_diffusion import convert_latent_diffusion
 
-    converted = convert_latent_diffusion(source, network, heads, norm_num_groups)
-    name, levels = converted.network.__name__, "-".join(map(str, converted.settings["channels"]))
-    done = f"{source}, {levels} channels -> {output} for {name}, {config} with its settings"
-    if converted.is_autoencoder:
-        for option, given in {"--autoencoder": autoencoder, "--prediction_type": prediction_type}.items():
-            if given is not None:
-                raise UserError(f"{option} belongs to a diffusion network, got it with {source}, an autoencoder itself")
-        _write_files(converted.state, converted.overlay, output, config)
-        typer.echo(done)
-        return
-    _check_target("the record of the training", record, ".json", force)
-    given = {} if prediction_type is None else {"prediction_type": prediction_type}
-    overlay, trained_as = converted.overlay | given, converted.trained_as | given
-    if autoencoder is not None:
-        from medgen.data import LatentScaling
-        from medgen.data.image_set import file_sha256
+    converted = convert_latent_diffusion(source, network, given.heads(), norm_num_groups)
+    _write_latent_diffusion(converted, str(source), given, output, config, force)
 
-        scale, origin = _scale(converted, scale, source)
-        factors = LatentScaling((scale,), (0.0,), file_sha256(autoencoder))
-        trained_as |= {
-            "autoencoder": factors.autoencoder_sha256,
-            "scale": list(factors.scale),
-            "shift": list(factors.shift),
-        }
-    _write_files(converted.state, overlay, output, config)
-    _write_json(trained_as, record, "--output")
-    typer.echo(done)
-    typer.echo(f"what is known of its training -> {record}")
-    if autoencoder is not None:
-        factors.write(scaling)
-        typer.echo(f"scale {scale:g} ({origin}) of the latents of {autoencoder} -> {scaling}")
-    else:
-        typer.echo("no scaling.json: convert the autoencoder, then this again with --autoencoder and --force")
-    if converted.is_source:
+
+@app.command("mlflow")
+def mlflow(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Run id, runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS, or a folder that MLflow logged."
+        ),
+    ],
+    output: Output,
+    artifact_path: Annotated[
+        str, typer.Option("--artifact_path", help="The model among a run's artifacts, if SOURCE does not name it.")
+    ] = "final_model",
+    tracking_uri: TrackingURI = None,
+    package: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--package",
+            help="Package whose classes a pickled module consists of, beside torch's, MONAI's and monai-generative's; "
+            "it is not imported. May be repeated.",
+        ),
+    ] = None,
+    network: NetworkKey = None,
+    num_head_channels: HeadChannels = None,
+    norm_num_groups: NormGroups = None,
+    autoencoder: Autoencoder = None,
+    scale: Scale = None,
+    prediction_type: PredictionType = None,
+    config: Config = None,
+    force: Force = False,
+) -> None:
+    """Model that MLflow logged to model.pt; of latent diffusion as `latent-diffusion` does.
+
+    Its weights alone are fetched, and read without running anything of the model.
+    """
+    _check_target("--output", output, ".pt", force)
+    from medgen.convert import latent_diffusion as conversion
+    from medgen.convert.mlflow_model import find_logged_weights, read_logged_weights
+
+    with tempfile.TemporaryDirectory(prefix="medgen-convert-") as folder, _quiet_mlflow():
+        found = _weights(autoencoder, "autoencoder", tracking_uri)
+        given = LatentOptions(num_head_channels, norm_num_groups, found, scale, prediction_type)
+        path = find_logged_weights(source, folder, tracking_uri, artifact_path)
+        try:
+            state = read_logged_weights(path, network, package or ())
+            is_latent = conversion.is_latent_diffusion(state)
+            if is_latent:
+                overlay = _targets(output, config, force)
+                _check_latent_options(given, output, overlay, force)
+                if path.suffix == ".pt2":
+                    converted = conversion.convert_state_dict(source, state, given.heads(), norm_num_groups)
+                else:
+                    converted = conversion.convert_latent_diffusion(path, network, given.heads(), norm_num_groups)
+        except UserError as error:  # by the name that the user knows it by
+            raise UserError(str(error).replace(str(path), f"{path.name} of {source}")) from error
+    if is_latent:
+        _write_latent_diffusion(converted, source, given, output, overlay, force)
+        return
+    if options := [*given.given(), *(["--config"] if config else [])]:
+        raise UserError(
+            f"{options[0]} belongs to an AutoencoderKL or a DiffusionModelUNet, got it with {source}, which is "
+            "neither; leave it out"
+        )
+    _save_weights(state, output)
+    typer.echo(f"{len(state)} tensors of {source} -> {output}, under their own names")
+
+
+@app.command("safetensors")
+def safetensors(
+    source: Annotated[Path, typer.Argument(help="State dict (.pt) or safetensors file (.safetensors).")],
+    output: Annotated[Path, typer.Option("--output", help="The other of the two to write.")],
+    force: Force = False,
+) -> None:
+    """State dict to safetensors, or the way back: every bit is kept."""
+    suffixes = {".pt": ".safetensors", ".safetensors": ".pt"}
+    if source.suffix not in suffixes:
+        raise UserError(f"expected a file that ends in {' or '.join(suffixes)}, got {source}; rename it")
+    _check_target("--output", output, suffixes[source.suffix], force)
+    from medgen.convert.tensor_file import from_safetensors, to_safetensors
+
+    state = (to_safetensors if source.suffix == ".pt" else from_safetensors)(source, output)
+    typer.echo(f"{len(state)} tensors of {source} -> {output}, read back and equal in every bit")
+
+
+@app.command("export")
+def export(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    output: Annotated[Path, typer.Option("--output", help="File to write: .ts, .pt2 or .onnx.")],
+    file_format: Annotated[str, typer.Option("--format", help="torchscript, torch_export or onnx.")],
+    overlay: Overlays = None,
+    weights: BundleWeights = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Where it is made and compared; a traced network keeps to it.")
+    ] = "cpu",
+    check_inputs: Annotated[
+        int, typer.Option("--check_inputs", min=1, help="Random inputs of each of two batch sizes to compare with.")
+    ] = 4,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Largest difference, relative to the range of the output.")
+    ] = TOLERANCE,
+    tracking_uri: TrackingURI = None,
+    force: Force = False,
+) -> None:
+    """Network of a bundle to TorchScript, torch.export or ONNX, compared with it before the file is kept."""
+    if file_format not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {file_format!r}; choose one")
+    _check_target("--output", output, FORMATS[file_format], force)
+    if not 0 < tolerance < 1:
+        raise UserError(f"--tolerance must be above 0 and below 1, got {tolerance}")
+    with _quiet_mlflow():
+        folder = _bundle_folder(bundle, tracking_uri)
+        from medgen.convert.export import export_network
+        from medgen.settings import check_device
+
+        check_device(device)
+        found = _weights(weights, "model", tracking_uri)
+        done = export_network(folder, output, file_format, overlay or (), found, device, check_inputs, tolerance)
+    typer.echo(f"{done.network} of {bundle}, {done.how}: {done.inputs} -> {', '.join(map(str, done.files))}")
+    typer.echo(
+        f"largest difference on {done.compared} random batches: {done.difference:.3g}, "
+        f"{done.difference / done.spread:.3g} of the output's range {done.spread:.4g} (tolerance {tolerance:g})"
+    )
+
+
+@app.command("push")
+def push(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder to write into.")],
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            help="Where OUTPUT/files will be served: also writes the bundle as a folder with large_files.yml, as "
+            "MONAI's zoo has it.",
+        ),
+    ] = None,
+    overlay: Overlays = None,
+    weights: BundleWeights = None,
+    tracking_uri: TrackingURI = None,
+    force: Force = False,
+) -> None:
+    """Bundle to an archive with its checksum, in the layout of MONAI's model zoo."""
+    with _quiet_mlflow():
+        folder = _bundle_folder(bundle, tracking_uri)
+        from medgen.convert.zoo import push_bundle
+
+        found = _weights(weights, "model", tracking_uri)
+        done = push_bundle(folder, output, url, overlay or (), found, force, _bundle_name(bundle, tracking_uri))
+    typer.echo(f"{bundle} -> {done.archive}, SHA-256 {done.sha256}")
+    if done.folder is None:
         typer.echo(
-            f"built like the source's network, so taken to be trained like it: {trained_as['prediction_type']}, betas "
-            f"{trained_as['beta_start']} to {trained_as['beta_end']}, null caption {trained_as['null_caption']}"
+            f"for the zoo's folder with large_files.yml, name where {output / 'files'} will be served with --url"
         )
     else:
-        unknown = "" if prediction_type else "--prediction_type, "
-        typer.echo(
-            f"the file does not tell how it was trained: set {unknown}--beta_start, --beta_end, --num_train_timesteps"
-            f"{' and --null_caption' if converted.overlay['conditioning'] == 'text' else ''} as in its training when "
-            "you sample"
-        )
+        files = ", ".join(path.name for path in done.large_files)
+        typer.echo(f"{done.folder} without its weights; serve {files} at {url}")
 
 
 @app.command("pggan")
@@ -261,6 +384,144 @@ def to_stylegan2_ada(
     typer.echo(f"{len(official)} tensors of {source} under their official names -> {output}")
 
 
+class LatentOptions(NamedTuple):
+    """What is said on the command line about a network of latent diffusion."""
+
+    num_head_channels: str | None
+    norm_num_groups: int | None
+    autoencoder: Path | None
+    scale: float | None
+    prediction_type: str | None
+
+    def heads(self) -> list[int] | None:
+        from medgen.inferers import parse_numbers
+
+        return None if self.num_head_channels is None else parse_numbers(self.num_head_channels, "num_head_channels")
+
+    def given(self) -> list[str]:
+        return [f"--{name}" for name, value in self._asdict().items() if value is not None]
+
+
+def _check_latent_options(given: LatentOptions, output: Path, config: Path, force: bool) -> None:
+    """See that options fit together, and that what comes with a network of latent diffusion may be written."""
+    autoencoder, scale = given.autoencoder, given.scale
+    files = [output, config, *_companions(output), *([] if autoencoder is None else [autoencoder])]
+    if len({path.resolve() for path in files}) < len(files):
+        raise UserError(
+            f"expected different files, got {', '.join(map(str, files))}; choose another --output or --config"
+        )
+    if autoencoder is None and scale is not None:
+        raise UserError("--scale goes into the scaling of an autoencoder's latents; name it with --autoencoder")
+    if autoencoder is not None:
+        _check_target("the scaling", _companions(output)[0], ".json", force)
+        _check_autoencoder(autoencoder)
+        if scale is not None and not (scale > 0 and math.isfinite(scale)):
+            raise UserError(f"--scale must be a number above 0, got {scale}")
+    if given.prediction_type is not None:
+        from medgen.settings import check_choice
+
+        check_choice(["epsilon", "v_prediction", "sample"], prediction_type=given.prediction_type)
+
+
+def _companions(output: Path) -> tuple[Path, Path]:
+    return output.with_name("scaling.json"), output.with_name("trained_as.json")
+
+
+def _write_latent_diffusion(
+    converted: ConvertedNetwork, source: str, given: LatentOptions, output: Path, config: Path, force: bool
+) -> None:
+    """Write a network with what is known of its training, and say so."""
+    scaling, record = _companions(output)
+    autoencoder, scale, prediction_type = given.autoencoder, given.scale, given.prediction_type
+    name, levels = converted.network.__name__, "-".join(map(str, converted.settings["channels"]))
+    done = f"{source}, {levels} channels -> {output} for {name}, {config} with its settings"
+    if converted.is_autoencoder:
+        for option, value in {"--autoencoder": autoencoder, "--prediction_type": prediction_type}.items():
+            if value is not None:
+                raise UserError(f"{option} belongs to a diffusion network, got it with {source}, an autoencoder itself")
+        _write_files(converted.state, converted.overlay, output, config)
+        typer.echo(done)
+        return
+    _check_target("the record of the training", record, ".json", force)
+    told = {} if prediction_type is None else {"prediction_type": prediction_type}
+    overlay, trained_as = converted.overlay | told, converted.trained_as | told
+    if autoencoder is not None:
+        from medgen.data import LatentScaling
+        from medgen.data.image_set import file_sha256
+
+        scale, origin = _scale(converted, scale, source)
+        factors = LatentScaling((scale,), (0.0,), file_sha256(autoencoder))
+        trained_as |= {
+            "autoencoder": factors.autoencoder_sha256,
+            "scale": list(factors.scale),
+            "shift": list(factors.shift),
+        }
+    _write_files(converted.state, overlay, output, config)
+    _write_json(trained_as, record, "--output")
+    typer.echo(done)
+    typer.echo(f"what is known of its training -> {record}")
+    if autoencoder is not None:
+        factors.write(scaling)
+        typer.echo(f"scale {scale:g} ({origin}) of the latents of {autoencoder} -> {scaling}")
+    else:
+        typer.echo("no scaling.json: convert the autoencoder, then this again with --autoencoder and --force")
+    if converted.is_source:
+        typer.echo(
+            f"built like the source's network, so taken to be trained like it: {trained_as['prediction_type']}, betas "
+            f"{trained_as['beta_start']} to {trained_as['beta_end']}, null caption {trained_as['null_caption']}"
+        )
+    else:
+        unknown = "" if prediction_type else "--prediction_type, "
+        typer.echo(
+            f"the file does not tell how it was trained: set {unknown}--beta_start, --beta_end, --num_train_timesteps"
+            f"{' and --null_caption' if converted.overlay['conditioning'] == 'text' else ''} as in its training when "
+            "you sample"
+        )
+
+
+def _weights(source: str | None, kind: str, tracking_uri: str | None = None) -> Path | None:
+    """The file of weights that an option names."""
+    if source is None:
+        return None
+    from medgen.sources import find_weights
+
+    return find_weights(source, kind, tracking_uri=tracking_uri)
+
+
+def _bundle_folder(source: str, tracking_uri: str | None) -> Path:
+    """Where a bundle's files are: in the user's cache, if it is a registered one."""
+    if source.startswith("models:/"):
+        from medgen.sources import find_weights
+
+        return find_weights(source, tracking_uri=tracking_uri).parents[1]
+    folder = Path(source)
+    if not (folder / "configs" / "inference.json").is_file():
+        raise UserError(
+            f"expected a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION, got {source}, where no "
+            "configs/inference.json is; name another"
+        )
+    return folder
+
+
+def _bundle_name(source: str, tracking_uri: str | None) -> str | None:
+    """What a registered bundle was called: its folder in the cache has another name. None for a folder's own."""
+    if not source.startswith("models:/"):
+        return None
+    from medgen.registry import resolve
+
+    *_, tags = resolve(source, tracking_uri)
+    return tags["bundle"]
+
+
+@contextlib.contextmanager
+def _quiet_mlflow() -> Iterator[None]:
+    """MLflow silent about what needs no action, such as the tables of a new database."""
+    from medgen.cli_registry import quiet_registry
+
+    with quiet_registry():
+        yield
+
+
 def _check_autoencoder(path: Path) -> None:
     """See that weights are those that this command writes for an autoencoder."""
     if not path.is_file():
@@ -275,7 +536,7 @@ def _check_autoencoder(path: Path) -> None:
         )
 
 
-def _scale(converted: ConvertedNetwork, scale: float | None, source: Path) -> tuple[float, str]:
+def _scale(converted: ConvertedNetwork, scale: float | None, source: str) -> tuple[float, str]:
     """What a diffusion network's latents were times, and who says so."""
     from medgen.convert.latent_diffusion import SCALE_FACTOR, SOURCE_SCALE
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,15 @@ from medgen.errors import UserError
 from medgen.networks import KLAutoencoder
 from medgen.weights import check_same_shapes
 
-__all__ = ["ConvertedNetwork", "convert_latent_diffusion", "convert_state_dict", "is_converted_autoencoder"]
+__all__ = [
+    "ConvertedNetwork",
+    "convert_latent_diffusion",
+    "convert_state_dict",
+    "drop_rearrangements",
+    "is_converted_autoencoder",
+    "is_latent_diffusion",
+    "names_of",
+]
 
 # What a pickled module or a checkpoint names beside tensors; all of it becomes inert records, nothing is imported.
 PACKAGES = ("generative", "monai", "torch", "numpy", "_codecs", "einops")
@@ -149,7 +157,7 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _drop_rearrangements(content: Any) -> None:
+def drop_rearrangements(content: Any) -> None:
     """Take einops's layers out of modules: they have no weights, and no tables that say so, as other layers do."""
     pending = [content, *(content.values() if isinstance(content, Mapping) else ())]
     seen: set[int] = set()
@@ -189,7 +197,7 @@ def _kind(names: Iterator[str]) -> type[KLAutoencoder | DiffusionModelUNet] | No
     return DiffusionModelUNet if {"conv_in.conv.weight", "time_embed.0.weight"} <= found else None
 
 
-def _names(content: Any) -> list[str]:
+def names_of(content: Any) -> list[str]:
     """Names of the tensors of a state dict, or of a module's own and its children's; none for anything else."""
     if isinstance(content, Record):
         is_module = isinstance(content.state, dict) and "_modules" in content.state
@@ -201,8 +209,8 @@ def _names(content: Any) -> list[str]:
 
 def _network_of(path: Path, content: Any, key: str | None) -> Any:
     """The state dict or the module of the one network that a file holds."""
-    parts = {"": content} if _names(content) else dict(content) if isinstance(content, Mapping) else {}
-    networks = {str(name): part for name, part in parts.items() if _kind(map(_unwrapped, _names(part)))}
+    parts = {"": content} if names_of(content) else dict(content) if isinstance(content, Mapping) else {}
+    networks = {str(name): part for name, part in parts.items() if _kind(map(_unwrapped, names_of(part)))}
     if key is not None:
         if key not in networks:
             raise UserError(f"expected a network {key} in {path}, got {', '.join(networks) or 'none'}; set --network")
@@ -219,7 +227,7 @@ def _network_of(path: Path, content: Any, key: str | None) -> Any:
 def _shown(part: tuple[Any, Any]) -> str:
     """A part of a checkpoint for a message, with what its first tensors are called."""
     name, content = part
-    tensors = _names(content)
+    tensors = names_of(content)
     return f"{name} with {', '.join(map(_unwrapped, tensors[:2]))} ..." if tensors else str(name)
 
 
@@ -467,6 +475,11 @@ def convert_state_dict(
     return ConvertedNetwork(network, settings, _overlay(settings), state)
 
 
+def is_latent_diffusion(names: Iterable[str]) -> bool:
+    """Whether parameters of these names are those of an AutoencoderKL or a DiffusionModelUNet."""
+    return _kind(map(_unwrapped, names)) is not None
+
+
 def is_converted_autoencoder(state: Mapping[str, torch.Tensor]) -> bool:
     """Whether a state dict is that of an autoencoder under the names of MONAI core."""
     return _kind(iter(state)) is KLAutoencoder and _renamed(state).keys() == state.keys()
@@ -501,7 +514,7 @@ def convert_latent_diffusion(
     path = _file_of(source)
     with OneLineErrors(path, "AutoencoderKL or DiffusionModelUNet of monai-generative or MONAI"):
         whole = read_records(path, PACKAGES)
-        _drop_rearrangements(whole)
+        drop_rearrangements(whole)
         content = _network_of(path, whole, network)
         scale_factor = _scale_factor(path, whole, content)
         state = module_state_dict(content)
