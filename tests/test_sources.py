@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,11 +14,11 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from medgen import registry
+from medgen import lineage
 from medgen.errors import UserError
 from medgen.networks import ConvNeXtEncoder, PGGANDiscriminator, PGGANGenerator, StyleGAN2Generator
-from medgen.registry import register_bundle
-from medgen.sources import load_discriminator, load_encoder, load_generator
+from medgen.registry import register_bundle, resolve
+from medgen.sources import find_weights, load_discriminator, load_encoder, load_generator, used
 
 CHANNELS = [8, 8, 8]  # of the levels 4×4, 8×8 and 16×16
 STYLEGAN2 = {"image_size": 16, "channel_base": 64, "channel_max": 8, "latent_dim": 8, "w_dim": 8}
@@ -67,6 +68,7 @@ def make_generator_bundle(folder: Path, seed: int = 0) -> Path:
 def _no_other_registry(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    lineage.forget()
 
 
 @pytest.fixture
@@ -166,11 +168,16 @@ def test_discriminator_comes_from_a_checkpoint_or_a_bare_state_dict(bundle, tmp_
     classes = write(tmp_path / "classes.json", {"classes": 2})
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
-    for file in (bare, checkpoint):
-        found = load_discriminator(bundle, ["small.json", classes], file)
+    output_dir = tmp_path / "out"  # of a training
+    (output_dir / "checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint, output_dir / "checkpoints")
+    for named, file in ((bare, bare), (checkpoint, checkpoint), (output_dir, checkpoint)):
+        found = load_discriminator(bundle, ["small.json", classes], named)
         assert found.resolution == 8
         torch.testing.assert_close(found(images), network(images))
         assert found.sha256 == sha256(file)
+        (source,) = used()
+        assert (source.kind, source.source, source.sha256) == ("discriminator", str(named), found.sha256)
         assert not found.training
         assert not any(parameter.requires_grad for parameter in found.parameters())
 
@@ -228,6 +235,82 @@ def test_networks_of_another_kind_are_refused(bundle, encoder_bundle):
         load_discriminator(encoder_bundle, None, "last.pt")
 
 
+# ---- files of weights
+
+
+def test_file_and_bundle_folder_name_the_same_weights(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "medgen.registry", None)  # not needed, and slow
+    weights = bundle / "models/model.pt"
+
+    for source in (weights, str(weights), bundle, str(bundle)):
+        assert find_weights(source) == weights
+        lineage.forget()
+    assert find_weights(bundle, "autoencoder", "configs/small.json") == bundle / "configs/small.json"
+
+
+def test_weights_that_are_not_there_are_told_by_whoever_reads_them(tmp_path):
+    assert find_weights("absent.pt") == Path("absent.pt")
+    assert find_weights(tmp_path) == tmp_path / "models/model.pt"
+    assert find_weights(None) is find_weights("null") is find_weights("") is None
+    assert used() == []
+
+
+def test_used_weights_are_listed_once_and_in_order(bundle, encoder_bundle, tmp_path, caplog):
+    other = saved(torch.nn.Linear(1, 1), tmp_path / "other.pt")
+    with caplog.at_level(logging.INFO, logger="medgen"):
+        find_weights(other)
+        load_generator(bundle, "small.json")
+        load_encoder(encoder_bundle)
+        find_weights(other)
+
+    named = [(source.kind, source.source, source.path) for source in used()]
+    assert named == [
+        ("model", str(other), other),
+        ("generator", str(bundle), bundle / "models/model.pt"),
+        ("encoder", str(encoder_bundle), encoder_bundle / "models/model.pt"),
+    ]
+    assert [source.sha256 for source in used()] == [sha256(path) for _, _, path in named]
+    assert {(source.uri, source.model_id) for source in used()} == {(None, None)}
+    assert f"model: weights {sha256(other)[:12]} of {other}" in caplog.text
+
+    lineage.forget()
+    assert used() == []
+
+
+def test_checksum_is_of_the_file_as_it_is_now(tmp_path):
+    path = tmp_path / "model.pt"
+    for content in (b"one", b"other"):
+        path.write_bytes(content)
+        find_weights(path)
+        assert [source.sha256 for source in used()] == [hashlib.sha256(content).hexdigest()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        ("model", "model:/x/1", r"model_path must be a file, a folder, models:/NAME@ALIAS or .*, got model:/x/1; set"),
+        (
+            "autoencoder",
+            "http://host/x.pt",
+            r"autoencoder_path must be .*, got http://host/x\.pt; set --autoencoder_path",
+        ),
+        (
+            "initial_weights",
+            "models:/x@y",
+            "initial_weights models:/x@y is in a registry, and none is named; set MLFLOW",
+        ),
+        ("resume_from", "runs:/0a/../../x.pt", r"resume_from must name a file of a run, got runs:/0a/\.\./\.\./x\.pt"),
+        ("resume_from", "runs:/0a//etc/x.pt", "resume_from must name a file of a run, got runs:/0a//etc/x"),
+        ("resume_from", "runs:/0a/last.pt", "resume_from runs:/0a/last.pt is in a registry, and none is named; set"),
+    ],
+)
+def test_mistakes_in_naming_weights_are_one_line(kind, source, message):
+    with pytest.raises(UserError, match=message) as caught:
+        find_weights(source, kind)
+    assert "\n" not in str(caught.value)
+    assert used() == []
+
+
 # ---- the registry
 
 
@@ -263,7 +346,7 @@ def test_registered_generator_is_fetched_once(registered, tmp_path, monkeypatch,
     with caplog.at_level(logging.INFO, logger="medgen"):
         first = load_generator("models:/generator@champion")
     assert "models:/generator@champion is version 1 of generator" in caplog.text
-    assert f"PGGANGenerator, weights {registered['weights'][0][:12]} from {tmp_path}" in caplog.text
+    assert f"weights {registered['weights'][0][:12]} of models:/generator/1, from {tmp_path}" in caplog.text
     cached = files_in(tmp_path)
 
     again = load_generator("models:/generator/1")
@@ -271,6 +354,51 @@ def test_registered_generator_is_fetched_once(registered, tmp_path, monkeypatch,
     assert files_in(tmp_path) == cached
     assert load_generator("models:/generator/2").sha256 == registered["weights"][1]
     assert len(list((tmp_path / "medgen/models").iterdir())) == 2
+
+
+def test_registered_weights_are_those_of_its_bundle_and_known_by_their_version(registered, tmp_path):
+    settings = {"tracking_uri": registered["uri"], "cache_dir": tmp_path}
+    for source in ("models:/generator@champion", "models:/generator/1"):
+        path = find_weights(source, **settings)
+        assert path.parts[-2:] == ("models", "model.pt")
+        assert sha256(path) == registered["weights"][0]
+        assert path.is_relative_to(tmp_path)
+    (source,) = used()
+    assert (source.source, source.uri) == ("models:/generator@champion", "models:/generator/1")
+    assert source.model_id == resolve("models:/generator/1", registered["uri"]).model_id
+    assert lineage.uri_of(sha256(path)) == "models:/generator/1"
+
+    # weights that are named beside a bundle are those that are used
+    load_generator("models:/generator/1", weights="models:/generator/2", **settings)
+    assert [(source.kind, source.uri) for source in used()][1:] == [("generator", "models:/generator/2")]
+    # named again by its file, as a reader does, it is still known where it came from
+    find_weights(path)
+    assert used()[0].uri == "models:/generator/1"
+
+
+def test_registered_bundle_without_the_file_is_told(registered, tmp_path):
+    with pytest.raises(
+        UserError, match=r"models:/generator/1 holds no checkpoints/last\.pt; set --resume_from to a file"
+    ):
+        find_weights("models:/generator@champion", "resume_from", "checkpoints/last.pt", registered["uri"], tmp_path)
+
+
+def test_file_of_a_run_is_fetched_anew_each_time(registered, tmp_path):
+    client = MlflowClient(registered["uri"])
+    run = client.create_run(client.create_experiment(tmp_path.name, (tmp_path / "artifacts").as_uri())).info.run_id
+    for content in ("first", "second"):
+        client.log_text(run, content, "checkpoints/last.pt")
+        path = find_weights(
+            f"runs:/{run}/checkpoints/last.pt", "resume_from", "", registered["uri"], tmp_path / "cache"
+        )
+        assert path.read_text() == content
+        assert [item.name for item in path.parent.iterdir()] == ["last.pt"]
+    assert used()[0].sha256 == sha256(path)
+
+    for name, message in (("absent.pt", "refused"), ("checkpoints", "must name a file of a run, got the folder")):
+        with pytest.raises(UserError, match=message) as caught:
+            find_weights(f"runs:/{run}/{name}", "resume_from", "", registered["uri"], tmp_path / "cache")
+        assert "\n" not in str(caught.value)
 
 
 def test_alias_that_moves_is_followed(registered, tmp_path):
@@ -296,14 +424,14 @@ def test_changed_copy_in_the_cache_is_refused(registered, tmp_path):
 def test_another_process_may_be_faster(registered, tmp_path, monkeypatch):
     settings = {"tracking_uri": registered["uri"]}
     load_generator("models:/generator@champion", **settings, cache_dir=tmp_path / "other")
-    replace = registry.os.replace
+    replace = os.replace
 
     def overtaken(source, target):
         if Path(target).parent == tmp_path / "cache" and not Path(target).exists():
             shutil.copytree(tmp_path / "other" / Path(target).name, target)
         return replace(source, target)
 
-    monkeypatch.setattr(registry.os, "replace", overtaken)
+    monkeypatch.setattr(os, "replace", overtaken)
     found = load_generator("models:/generator@champion", **settings, cache_dir=tmp_path / "cache")
     assert found.sha256 == registered["weights"][0]
     assert len(list((tmp_path / "cache").iterdir())) == 1

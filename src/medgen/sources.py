@@ -1,29 +1,94 @@
-"""Models named by where they are: a bundle's folder, or a registered bundle's URI."""
+"""Weights and models named by where they are: a file, a bundle's folder, or the URI of a registered bundle."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from medgen._pyfunc import build_network
-from medgen.data.image_set import file_sha256
+from medgen import lineage
+from medgen.bundle_config import build_network
 from medgen.errors import UserError
 from medgen.handlers.companions import check_trained_as
+from medgen.lineage import Source, used, weights_digest
 from medgen.networks.encoders import LatentEncoder
 from medgen.networks.latent_generator import LatentGenerator
+from medgen.settings import optional
 from medgen.weights import check_same_shapes, read_state_dict
 
-__all__ = ["load_discriminator", "load_encoder", "load_generator"]
+__all__ = ["Source", "find_weights", "load_discriminator", "load_encoder", "load_generator", "used"]
 
 logger = logging.getLogger(__name__)
 
 Overlay = str | Path | Sequence[str | Path] | None
+
+WEIGHTS = "models/model.pt"
+# what names weights of a kind in the configs, where it is not the kind itself
+SETTINGS = {
+    "model": "model_path",
+    "autoencoder": "autoencoder_path",
+    "discriminator": "discriminator_checkpoint",
+    "encoder": "encoder_weights",
+    "generator": "generator_weights",
+}
+_MODEL_URI = "models:/NAME@ALIAS or models:/NAME/VERSION"
+_RUN_URI = re.compile(r"runs:/(?P<run>\w+)/(?P<path>.+)")
+
+
+def find_weights(
+    source: str | Path | None,
+    kind: str = "model",
+    file: str = WEIGHTS,
+    tracking_uri: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path | None:
+    """The file of weights that a setting names.
+
+    What was found is logged and noted: see :func:`used`.
+
+    Args:
+        source: a file, the folder of a bundle, ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` of a registered one,
+            or ``runs:/RUN_ID/PATH`` of a file that a run keeps. Of a bundle the weights alone are taken. None, also as
+            text, for none.
+        kind: what they are weights of, see :class:`Source`.
+        file: which file of the folder, or of the registered bundle.
+        tracking_uri: of the registry; default: MLFLOW_TRACKING_URI.
+        cache_dir: where registered bundles are kept once they are fetched; default: ``medgen/models`` in the user's
+            cache.
+
+    Returns:
+        The file, which need not exist where a file or a folder was named: whoever reads it says so. What belongs to the
+        weights lies beside it. None for None.
+
+    Raises:
+        UserError: no such version or run, or the files are not those that were registered.
+    """
+    if optional(source) is None:
+        return None
+    path = Path(source)
+    if path.exists() or not _is_uri(source):
+        path = path / file if path.is_dir() else path
+        if path.is_file():
+            _note(kind, source, path)
+        return path
+    option = SETTINGS.get(kind, kind)
+    if run := _RUN_URI.fullmatch(str(source)):
+        path = _download(str(source), run, tracking_uri, cache_dir, option)
+        _note(kind, source, path)
+        return path
+    wanted = f"{option} must be a file, a folder, {_MODEL_URI}"
+    registered = _fetch(wanted, option, str(source), tracking_uri, cache_dir)
+    path = registered.folder / file
+    if not path.is_file():
+        raise UserError(f"{registered.uri} holds no {file}; set --{option} to a file or a folder that does")
+    _note(kind, source, path, registered)
+    return path
 
 
 def load_generator(
@@ -42,7 +107,7 @@ def load_generator(
         source: folder of the bundle, or ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` of a registered one.
         overlay: JSON files that are laid over that config, as ``monai.bundle run`` would, or one of them: what the
             weights were trained with. One that is no file as given is looked for among the bundle's own configs.
-        weights: file of the state dict; default: the bundle's own.
+        weights: state dict, named as for :func:`find_weights`; default: the bundle's own.
         space: "z", "w" or "w+"; None for the usual one of its family.
         tracking_uri: of the registry; default: MLFLOW_TRACKING_URI.
         cache_dir: where registered bundles are kept once they are fetched; default: ``medgen/models`` in the user's
@@ -93,7 +158,7 @@ def load_encoder(
     if generator_weights is not None:
         if not Path(generator_weights).is_file():
             raise UserError(f"no weights of a generator at {generator_weights}; name a file that is there")
-        check_trained_as(path, generator_sha256=file_sha256(generator_weights))
+        check_trained_as(path, generator_sha256=weights_digest(generator_weights))
     encoder.sha256 = sha256
     return encoder.eval().requires_grad_(False)
 
@@ -112,8 +177,8 @@ def load_discriminator(
     Args:
         source: as for :func:`load_generator`.
         overlay: as for :func:`load_generator`.
-        checkpoint: a training's ``checkpoints/last.pt``, or a file with the discriminator's state dict alone: a
-            bundle's own weights are the generator's.
+        checkpoint: a training's ``checkpoints/last.pt``, its output folder, or a file with the discriminator's state
+            dict alone: a bundle's own weights are the generator's.
         tracking_uri: as for :func:`load_generator`.
         cache_dir: as for :func:`load_generator`.
 
@@ -123,16 +188,17 @@ def load_discriminator(
     Raises:
         UserError: there is no such model or checkpoint, or it is of another architecture.
     """
-    bundle = _bundle_folder("generator", source, tracking_uri, cache_dir, "train.json")
+    bundle = _bundle_folder("generator", source, tracking_uri, cache_dir, "train.json").folder
     network = build_network(
         bundle, "discriminator_def", "train.json", _overlay_paths("generator", overlay, bundle / "configs")
     )
-    path = Path(checkpoint)
-    state = _discriminator_state(path)
+    path = find_weights(checkpoint, "discriminator", "checkpoints/last.pt", tracking_uri, cache_dir)
+    if path is None or not path.is_file():
+        raise UserError(f"no checkpoint with a discriminator at {path}; name OUT/checkpoints/last.pt of its training")
+    state = read_state_dict(path, component="discriminator")
     check_same_shapes(f"the discriminator of {path}", network.state_dict(), state)
     network.load_state_dict(state)
-    network.sha256 = file_sha256(path)
-    logger.info(f"discriminator of {source}: weights {network.sha256[:12]} from {path}")
+    network.sha256 = weights_digest(path)
     return network.eval().requires_grad_(False)
 
 
@@ -146,20 +212,39 @@ def _load(
 ) -> tuple[nn.Module, str, Path]:
     """The network of a source with its weights, their SHA-256 and their file."""
     bundle = _bundle_folder(kind, source, tracking_uri, cache_dir)
-    overlays = _overlay_paths(kind, overlay, bundle / "configs")
-    path = bundle / "models" / "model.pt" if weights is None else Path(weights)
+    overlays = _overlay_paths(kind, overlay, bundle.folder / "configs")
+    path = find_weights(weights, kind, tracking_uri=tracking_uri, cache_dir=cache_dir) or bundle.folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"no weights of the {kind} at {path}; train that bundle first, or set --{kind}_weights")
-    network = build_network(bundle, overlays=overlays)
+    network = build_network(bundle.folder, overlays=overlays)
     state = read_state_dict(path)
     try:
         check_same_shapes(str(path), network.state_dict(), state)
     except UserError as error:
         raise UserError(f"{error} (--{kind}_overlay)") from error
     network.load_state_dict(state)
-    sha256 = file_sha256(path)
-    logger.info(f"{kind} from {source}: {type(network).__name__}, weights {sha256[:12]} from {path}")
-    return network, sha256, path
+    if optional(weights) is None:
+        _note(kind, source, path, bundle)
+    logger.info(f"{kind} from {source}: {type(network).__name__}")
+    return network, weights_digest(path), path
+
+
+class _Bundle(NamedTuple):
+    """A bundle's folder, and of a registered one what the registry calls it."""
+
+    folder: Path
+    uri: str | None = None
+    model_id: str | None = None
+
+
+def _note(kind: str, source: str | Path, path: Path, bundle: _Bundle | None = None) -> None:
+    bundle = bundle or _Bundle(path)
+    found = lineage.note(kind, source, path, bundle.uri, bundle.model_id)
+    logger.info(f"{kind}: weights {found.sha256[:12]} of {found.uri or source}, from {path}")
+
+
+def _is_uri(source: str | Path) -> bool:
+    return re.match(r"\w+:", str(source)) is not None
 
 
 def _bundle_folder(
@@ -168,23 +253,13 @@ def _bundle_folder(
     tracking_uri: str | None,
     cache_dir: str | Path | None,
     config: str = "inference.json",
-) -> Path:
+) -> _Bundle:
     """Where a source's files are: fetched if it is a registered one."""
-    wanted = f"{kind} must be a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION"
+    wanted = f"{kind} must be a bundle's folder, {_MODEL_URI}"
     if source is None or not str(source):
         raise UserError(f"{wanted}, got none; set --{kind}")
-    if re.match(r"\w+:", str(source)):
-        if not str(source).startswith("models:/"):
-            raise UserError(f"{wanted}, got {source}; set --{kind}")
-        if not (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
-            raise UserError(
-                f"{kind} {source} is in a registry, and none is named; set MLFLOW_TRACKING_URI to "
-                "sqlite:////path/to/mlflow.db or http://host:port"
-            )
-        # here, because it brings MLflow's server and its database along
-        from medgen.registry import fetch
-
-        return fetch(str(source), cache_dir or _user_cache(), tracking_uri)
+    if _is_uri(source):
+        return _fetch(wanted, kind, str(source), tracking_uri, cache_dir)
     folder = Path(source)
     if folder.is_file():
         raise UserError(
@@ -194,10 +269,57 @@ def _bundle_folder(
         raise UserError(f"{wanted}, no folder at {folder}; set --{kind}")
     if not (folder / "configs" / config).is_file():
         raise UserError(f"{wanted}, no configs/{config} in {folder}; set --{kind}")
-    return folder
+    return _Bundle(folder)
 
 
-def _user_cache() -> Path:
+def _fetch(wanted: str, option: str, source: str, tracking_uri: str | None, cache_dir: str | Path | None) -> _Bundle:
+    """A registered bundle in the cache."""
+    if not source.startswith("models:/"):
+        shown = re.sub(r"//[^/@]*@", "//", source)  # without password
+        raise UserError(f"{wanted}, got {shown}; set --{option}")
+    _check_registry_named(f"{option} {source}", tracking_uri)
+    # here, because it brings MLflow's server and its database along
+    from medgen.registry import fetch, resolve
+
+    name, version, model_id, _ = resolve(source, tracking_uri)
+    # by its number: an alias may move between two questions
+    uri = f"models:/{name}/{version}"
+    logger.info(f"{source} is version {version} of {name}")
+    return _Bundle(fetch(uri, cache_dir or user_cache(), tracking_uri), uri, model_id)
+
+
+def _download(
+    source: str, run: re.Match[str], tracking_uri: str | None, cache_dir: str | Path | None, option: str
+) -> Path:
+    """A file that a run keeps, in the cache; fetched each time, since a run's last checkpoint changes."""
+    name = PurePosixPath(run["path"])
+    if name.is_absolute() or ".." in name.parts or "\\" in run["path"]:
+        raise UserError(f"{option} must name a file of a run, got {source}; set --{option} runs:/RUN_ID/PATH")
+    _check_registry_named(f"{option} {source}", tracking_uri)
+    from medgen.registry._connection import connection  # first: it keeps MLflow from reporting its usage
+
+    from mlflow.artifacts import download_artifacts  # isort: skip
+
+    path = Path(cache_dir or user_cache()) / "runs" / run["run"] / run["path"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # beside it, and renamed: another process may be reading it, or fetching it as well
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as part, connection(tracking_uri):
+        fetched = Path(download_artifacts(run_id=run["run"], artifact_path=run["path"], dst_path=part))
+        if not fetched.is_file():
+            raise UserError(f"{option} must name a file of a run, got the folder {source}; add the name of the file")
+        os.replace(fetched, path)
+    return path
+
+
+def _check_registry_named(what: str, tracking_uri: str | None) -> None:
+    if not (tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        raise UserError(
+            f"{what} is in a registry, and none is named; set MLFLOW_TRACKING_URI to sqlite:////path/to/mlflow.db or "
+            "http://host:port"
+        )
+
+
+def user_cache() -> Path:
     """As the XDG base directory specification has it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medgen" / "models"
 
@@ -214,22 +336,3 @@ def _overlay_paths(kind: str, overlay: Overlay, configs: Path) -> list[Path]:
             raise UserError(f"no overlay {name}, neither as given nor in {configs}; set --{kind}_overlay")
         paths.append(path)
     return paths
-
-
-def _discriminator_state(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise UserError(f"no checkpoint with a discriminator at {path}; name OUT/checkpoints/last.pt of its training")
-    try:
-        # mapped: of networks, averages and optimisers one is wanted
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        content = None  # whatever it is, it will be told below
-    if not isinstance(content, Mapping) or not isinstance(content.get("components"), Mapping):
-        return read_state_dict(path)
-    parts = content["components"]
-    if "discriminator" not in parts:
-        raise UserError(
-            f"expected a checkpoint with a discriminator, {path} holds {', '.join(parts)}; name one of the generator's "
-            "training"
-        )
-    return parts["discriminator"]

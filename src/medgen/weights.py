@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,27 +15,39 @@ from medgen.errors import UserError
 __all__ = ["check_same_shapes", "read_state_dict", "state_digest"]
 
 
-def read_state_dict(path: str | Path, shown: str | None = None) -> dict[str, torch.Tensor]:
+def read_state_dict(
+    path: str | Path, shown: str | None = None, component: str | None = None
+) -> dict[str, torch.Tensor]:
     """A bare state dict on the CPU, read with ``weights_only=True``.
 
     Args:
         path: the file.
         shown: what to call it in messages; default: the path.
+        component: the network to take if the file is a training's checkpoint, which holds several; None refuses those.
 
     Raises:
-        UserError: not a torch file of plain weights, or not one flat state dict.
+        UserError: not a torch file of plain weights, not one flat state dict, or a checkpoint without that component.
     """
     shown = shown or str(path)
     if not Path(path).is_file():
         raise UserError(f"no weights at {shown}; name a file that is there")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # of a checkpoint one network is wanted: mapped, the others are not read
+        mmap = component is not None and zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     # a broken or foreign file raises whatever its bytes lead to
     except Exception as error:
         raise UserError(
             f"{shown} is not a file of plain weights ({type(error).__name__}); save the network's state_dict with "
             "torch.save"
         ) from error
+    if component and isinstance(state, Mapping) and isinstance(parts := state.get("components"), Mapping):
+        if component not in parts:
+            raise UserError(
+                f"expected a checkpoint with a {component}, {shown} holds {', '.join(parts)}; name one of a training "
+                "that has it"
+            )
+        state = parts[component]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         found = ", ".join(map(str, list(state)[:4])) if isinstance(state, Mapping) else type(state).__name__
         raise UserError(

@@ -195,6 +195,21 @@ def test_levels_of_another_training_are_kept_apart(workflow, tmp_path):
     assert len(list((models / "levels").iterdir())) == 4
 
 
+def test_training_begun_with_the_state_of_another_leaves_its_levels_alone(workflow, tmp_path):
+    models = tmp_path / "models"
+    settings = {**FOR_SECONDS, "model_path": str(models / "model.pt")}
+    run(workflow(BUNDLE, "train", tmp_path / "first", **{**settings, "max_images": 20}))
+    before = {path.name: path.read_bytes() for path in (models / "levels").iterdir()}
+    run(workflow(BUNDLE, "train", tmp_path / "other", resume_from=str(tmp_path / "first"), **settings))
+    assert {path.name: path.read_bytes() for path in (models / "levels.previous").iterdir()} == before
+    assert sorted(path.name for path in (models / "levels").iterdir()) == ["0016.pt", "0032.pt"]
+    undisturbed = {**settings, "model_path": str(tmp_path / "whole.pt")}
+    run(workflow(BUNDLE, "train", tmp_path / "whole", **undisturbed))
+    for name in ("generator", "discriminator", "ema"):
+        whole, other = (state(tmp_path / out)["components"][name] for out in ("whole", "other"))
+        torch.testing.assert_close(other, whole, rtol=0, atol=0)
+
+
 def test_class_conditional_training_learns_from_labels(workflow, tmp_path):
     run(workflow(BUNDLE, "train", tmp_path / "out", num_classes=2, **FOR_SECONDS))
     trained = state(tmp_path / "out")["components"]

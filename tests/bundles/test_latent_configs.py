@@ -243,7 +243,8 @@ def write_images(folder: Path, count: int, blur: float, seed: int) -> None:
         disc = 1 / (1 + np.exp((np.hypot(row - y, column - x) - radius) / blur))
         grey = np.clip(60 + 120 * disc + random.normal(0, 8, disc.shape), 0, 255).astype(np.uint8)
         Image.fromarray(grey).save(folder / "samples" / f"{number}.png")
-        items.append({"image": f"samples/{number}.png", "patient": f"p{number}", "model_sha256": "ab" * 32})
+        made_by = {"model": "models:/ldm/3", "model_sha256": "ab" * 32}
+        items.append({"image": f"samples/{number}.png", "patient": f"p{number}", **made_by})
     content = {"name": "discs", "modality": "X-ray", "test": items}
     (folder / "datalist.json").write_text(json.dumps(content))
 
@@ -289,7 +290,7 @@ def test_evaluation_measures_what_its_names_say(judged, autoencoder_path, tmp_pa
     assert {figures[name] for name in ("n", "n_samples", "n_test")} == {12}
     assert {"frd", "frd_equal_n", "frd_reconstruction_equal_n", "frd_real", "ms_ssim_samples"} <= figures.keys()
     assert figures["frd_real"] < figures["frd_equal_n"]
-    assert figures["model_sha256"] == "ab" * 32
+    assert (figures["model"], figures["model_sha256"]) == ("models:/ldm/3", "ab" * 32)
     left_out = [record.message for record in caplog.records if "fid_xrv" in record.message]
     assert len(left_out) == 1
     assert "densenet121" in left_out[0]

@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from monai.bundle import ConfigParser, ckpt_export, onnx_export, verify_metadata, verify_net_in_out
 from monai.bundle.scripts import _get_fake_spatial_shape  # how verify_net_in_out itself reads a declared shape
 from monai.networks.nets import AutoencoderKL
+from PIL import Image
 
 import medgen.output
 from medgen.handlers import scalars
@@ -45,6 +46,7 @@ REQUIRED_FILES = [
     "configs/inference.json",
     "configs/multi_gpu_train.json",
     "configs/demo.json",
+    "configs/serve.json",
     "configs/tracking.json",
     "configs/logging.conf",
     "docs/README.md",
@@ -425,8 +427,16 @@ def runs_of(client):
     return {r.info.run_id: r for e in client.search_experiments() for r in client.search_runs([e.experiment_id])}
 
 
-def artifacts_of(client, run):
-    return {file.path for file in client.list_artifacts(run.info.run_id)}
+def artifacts_of(client, run, folder=None):
+    found = client.list_artifacts(run.info.run_id, folder)
+    inside = (artifacts_of(client, run, file.path) for file in found if file.is_dir)
+    return {file.path for file in found if not file.is_dir}.union(*inside)
+
+
+def shown_pictures(client, run):
+    """The contents of the PNGs that MLflow shows along the steps."""
+    found = [name for name in artifacts_of(client, run) if name.startswith("images/") and name.endswith(".png")]
+    return {name: Image.open(client.download_artifacts(run.info.run_id, name)) for name in found}
 
 
 def curve(client, run, name):
@@ -451,7 +461,8 @@ def tracked(bundle, workflow, tmp_path_factory):
     def make(config, output_dir, **overrides):
         tracking = str(bundle / "configs" / "tracking.json")
         # log_interval: a curve has more than one point, though an epoch has two steps
-        return workflow(bundle, config, folder / output_dir, tracking, tracking_uri=uri, log_interval=1, **overrides)
+        settings = {"tracking_uri": uri, "log_interval": 1, "tracking_timeout": 120, **overrides}
+        return workflow(bundle, config, folder / output_dir, tracking, **settings)
 
     killed = make("train", "first")
     killed.initialize()
@@ -475,6 +486,7 @@ def tracked(bundle, workflow, tmp_path_factory):
     after_resume = runs_of(client)
 
     result = SimpleNamespace(client=client, uri=uri, folder=folder, make=make, steps=steps, training=training)
+    result.images = training.parser.get_parsed_content("train#dataloader").global_batch_size  # of a step
     result.crashed_id, *more = after_kill
     assert not more
     result.training_ids = after_training.keys() - after_kill.keys()
@@ -498,14 +510,15 @@ class TestTracking:
     """``--tracking configs/tracking.json``."""
 
     def test_training_does_not_join_the_run_of_a_killed_one(self, tracked):
-        assert tracked.status_after_kill == "RUNNING"
+        assert tracked.status_after_kill == "KILLED"
         assert len(tracked.training_ids) == 1
 
     def test_resumed_training_continues_its_own_run(self, tracked):
         run = tracked.client.get_run(tracked.crashed_id)
         assert tracked.resume_ids == set()
         assert run.info.status == "FINISHED"
-        assert {step for step, _ in curve(tracked.client, run, "loss")} == set(range(1, 2 * tracked.steps + 1))
+        steps = [step for step, _ in curve(tracked.client, run, "loss")]
+        assert steps == [tracked.images * number for number in range(1, 2 * tracked.steps + 1)]
 
     def test_run_is_named_after_the_bundle_and_finished(self, bundle, tracked):
         run = only(tracked.client, tracked.training_ids)
@@ -520,14 +533,15 @@ class TestTracking:
         assert last
         for name, value in last.items():
             points = curve(tracked.client, run, name)
-            assert [step for step, _ in points] == list(range(1, engine.state.iteration + 1)), name
+            steps = [tracked.images * number for number in range(1, engine.state.iteration + 1)]
+            assert [step for step, _ in points] == steps, name
             assert points[-1][1] == pytest.approx(value), name
 
-    def test_validation_metric_is_a_curve_over_epochs(self, tracked):
+    def test_validation_metric_is_a_curve_over_images_as_the_losses_are(self, tracked):
         run = only(tracked.client, tracked.training_ids)
         state = tracked.training.parser.get_parsed_content("validate#evaluator").state
         points = curve(tracked.client, run, state.key_metric_name)
-        assert [step for step, _ in points] == list(range(1, state.epoch + 1))
+        assert [step for step, _ in points] == [n * tracked.steps * tracked.images for n in range(1, state.epoch + 1)]
         assert points[-1][1] == pytest.approx(state.metrics[state.key_metric_name])
 
     def test_pictures_model_and_executed_config_are_kept(self, tracked, tmp_path):
@@ -538,12 +552,24 @@ class TestTracking:
         def download(name):
             return Path(tracked.client.download_artifacts(run.info.run_id, name, str(tmp_path)))
 
-        assert tracked.pictures
-        assert kept == {*tracked.pictures, "model.pt", config}
+        assert {"model/model.pt", "checkpoints/last.pt", "settings.json", "requirements.txt"} < kept
         assert read_json(download(config))["output_dir"] == str(tracked.folder / "second")
-        assert download("model.pt").read_bytes() == (tracked.folder / "second/models/model.pt").read_bytes()
-        for name in tracked.pictures:
-            assert download(name).read_bytes() == (tracked.folder / "second/images" / name).read_bytes()
+        assert download("model/model.pt").read_bytes() == (tracked.folder / "second/models/model.pt").read_bytes()
+        assert read_json(download("settings.json"))["log_interval"] == 1
+        assert tracked.pictures
+        shown = {np.asarray(picture).tobytes() for picture in shown_pictures(tracked.client, run).values()}
+        drawn = {np.asarray(Image.open(tracked.folder / "second/images" / name)).tobytes() for name in tracked.pictures}
+        assert shown == drawn
+
+    def test_run_can_be_compared_by_its_settings_data_and_versions(self, tracked):
+        run = only(tracked.client, tracked.training_ids)
+        assert run.data.params["batch_size"] == "2"
+        assert run.data.params["images_training"] == "4"
+        assert len(run.data.params["datalist_sha256"]) == 64
+        assert run.data.tags["version_torch"] == torch.__version__.partition("+")[0]
+        assert run.data.tags["device"] == "cpu"
+        assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["discs"]
+        assert run.data.metrics["images_per_second"] > 0
 
     def test_evaluation_has_a_run_of_its_own_with_the_measured_metrics(self, bundle, tracked):
         run = only(tracked.client, tracked.evaluation_ids)
@@ -557,7 +583,8 @@ class TestTracking:
         run = only(tracked.client, tracked.evaluation_ids)
         kept = artifacts_of(tracked.client, run)
         (config,) = (name for name in kept if name.startswith("config_"))
-        assert kept == {*(pictures_in(tracked.folder / "second") - tracked.pictures), "metrics.json", config}
+        pictures = pictures_in(tracked.folder / "second") - tracked.pictures
+        assert kept == {*pictures, "metrics.json", config, "settings.json", "requirements.txt"}
 
     def test_evaluation_leaves_the_trainings_record_alone(self, tracked):
         # otherwise --resume would go on under the evaluation's name
@@ -567,7 +594,8 @@ class TestTracking:
         before = runs_of(tracked.client)
         run_to_end(tracked.make("inference", "third", model_path=str(tracked.folder / "second/models/model.pt")))
         run = only(tracked.client, runs_of(tracked.client).keys() - before.keys())
-        results = [p for p in (tracked.folder / "third").rglob("*") if p.is_file() and not p.name.startswith("config_")]
+        made = [p for p in (tracked.folder / "third").rglob("*") if p.is_file() and p.parent.name != "tracking"]
+        results = [p for p in made if not p.name.startswith("config_")]
         assert results
         assert run.info.status == "FINISHED"
         assert any(name.startswith("config_") for name in artifacts_of(tracked.client, run))
@@ -612,9 +640,12 @@ def test_literal_command_line_trains_and_tracks(bundle, datalist, ingredients, t
     assert done.returncode == 0, done.stderr[-4000:]
     client = MlflowClient(f"sqlite:///{tmp_path}/out/mlflow.db")
     (run,) = runs_of(client).values()
-    (executed,) = (name for name in artifacts_of(client, run) if name.startswith("config_"))
+    assert any(name.startswith("config_") for name in artifacts_of(client, run))
     assert run.info.status == "FINISHED"
-    assert artifacts_of(client, run) == {*pictures_in(tmp_path / "out"), "model.pt", executed}
+    assert {"model/model.pt", "checkpoints/last.pt", "settings.json"} < artifacts_of(client, run)
+    assert len(shown_pictures(client, run)) > len(pictures_in(tmp_path / "out"))  # the last of each name once more
+    given = set(run.data.tags["overrides"].split(", "))
+    assert {"datalist", "output_dir", "model_path", "val_interval", "batch_size"} <= given
     network = parsed(bundle, "train", "demo").get_parsed_content("network_def")
     network.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
     assert sorted(bundle.rglob("*")) == before, "a run leaves the bundle's folder as it was"

@@ -365,6 +365,7 @@ def test_files_of_a_folder_are_tried_and_each_one_not_used_has_its_reason(mixed_
     (line,) = capsys.readouterr().out.splitlines()
     assert "3 of 7 files are readable images, 1 of them with further frames" in line
     assert str(tmp_path / "out/rejected.csv") in line
+    assert line.endswith("; 1 CSV, JSON or TXT passed over")
 
 
 def test_table_of_rejected_files_has_its_header_only_when_all_were_used(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medgen import lineage
 from medgen.data import SyntheticSet, begin_generation, load_classes, load_datalist, provenance_line
 from medgen.errors import UserError
 
@@ -57,6 +58,23 @@ def test_datalist_says_where_each_image_comes_from(make, tmp_path):
         "truncation_psi": 1.0, "class_index": None, "file_format": "png", "model_sha256": sha,
     }  # fmt: skip
     assert len(load_datalist(tmp_path / "out" / "datalist.json", "training")) == 2
+
+
+def test_images_of_a_registered_generator_name_it_but_are_the_same_set(make, tmp_path):
+    samples = make([1, 2])
+    samples.begin()
+    write(samples)
+    lineage.note("model", "models:/g@champion", samples.model_path, "models:/g/7", "m-1")
+    try:
+        resumed = make([1, 2], resume=True)
+        resumed.begin()
+        resumed.finish()
+        assert resumed.provenance.startswith(f"model_sha256 {resumed.model_sha256}, model models:/g/7, ")
+    finally:
+        lineage.forget()
+    items = json.loads((tmp_path / "out" / "datalist.json").read_text())["training"]
+    assert {item["model"] for item in items} == {"models:/g/7"}
+    assert "model" not in samples.provenance.split(", ")[1]
 
 
 def test_classes_take_turns_by_the_seed(make):

@@ -104,6 +104,40 @@ def test_checkpoint_of_other_data_is_refused(tmp_path):
         trainer(tmp_path, resume=True, fingerprint={"datalist": "xyz"}).run()
 
 
+def test_new_folder_continues_another_training_bit_for_bit(tmp_path):
+    undisturbed = trainer(tmp_path / "a")
+    undisturbed.run()
+    with pytest.raises(KilledError):
+        trainer(tmp_path / "b", handlers=[KillAt(8)]).run()
+    source = tmp_path / "b/last.pt"
+    before = source.read_bytes()
+
+    continued = trainer(tmp_path / "c", resume_from=source)
+    continued.run()
+
+    assert continued.state.iteration == 15
+    assert torch.equal(undisturbed.network.weight, continued.network.weight)
+    assert source.read_bytes() == before
+    assert (tmp_path / "c/last.pt").is_file()
+    # its own checkpoints win over the other training's, which may be gone by then
+    source.unlink()
+    resumed = trainer(tmp_path / "c", resume=True, resume_from=source, max_epochs=4)
+    resumed.run()
+    assert resumed.state.iteration == 20
+
+
+def test_state_of_another_training_with_other_data_is_refused(tmp_path):
+    trainer(tmp_path / "a", fingerprint={"datalist": "abc"}).run()
+    for wrong, message in (
+        ({"fingerprint": {"datalist": "xyz"}}, r"checkpoint .*last\.pt was made with datalist abc, this run has xyz"),
+        ({"resume_from": tmp_path / "none"}, r"no checkpoint at .*none; name OUT/checkpoints/last\.pt, or the output"),
+        ({"resume_from": __file__}, r"is no checkpoint of a training \(\w+\); name OUT/checkpoints/last\.pt, or"),
+    ):
+        settings = {"resume_from": tmp_path / "a/last.pt", "fingerprint": {"datalist": "abc"}, **wrong}
+        with pytest.raises(UserError, match=message):
+            trainer(tmp_path / "b", **settings).run()
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 5), (5, 1), (1, 2)])
 def test_another_batch_size_continues_at_the_same_image(before, after, tmp_path):
     with pytest.raises(KilledError):

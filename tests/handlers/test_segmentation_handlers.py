@@ -64,3 +64,12 @@ def test_distances_to_empty_masks_are_left_out_and_counted():
     MetricIntervals(items)(engine)
     assert engine.state.metrics["distance"] == 2
     assert engine.state.metrics["n_distance"] == 2
+
+
+def test_of_one_patient_there_is_a_mean_and_no_interval(caplog):
+    details = {"distance": torch.tensor([[1.0], [2.0], [float("inf")]])}
+    items = [{"patient": "a"}, {"patient": "a"}, {"patient": "b"}]
+    engine = SimpleNamespace(state=SimpleNamespace(metric_details=details, metrics={"distance": float("inf")}))
+    MetricIntervals(items)(engine)
+    assert engine.state.metrics == {"distance": 1.5, "n_distance": 2}
+    assert "one patient" in caplog.text

@@ -49,6 +49,16 @@ def test_grey_discriminator_judges_a_grey_image_as_the_colour_one_judges_its_thr
     torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
+def test_discriminator_may_come_out_of_a_trainings_checkpoint(tmp_path):
+    source = trained(StyleGAN2Discriminator(**TINY), tmp_path / "d.pt")
+    parts = {"network": {}, "discriminator": source.state_dict(), "optimizer": {"state": {}, "groups": [1]}}
+    torch.save({"components": parts, "images_seen": 1, "fingerprint": {}}, tmp_path / "last.pt")
+    target = transfer_stylegan2(StyleGAN2Discriminator(**TINY), tmp_path / "last.pt")
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+    with pytest.raises(UserError, match="one flat state dict of tensors, got components"):
+        transfer_stylegan2(StyleGAN2Generator(**TINY_G), tmp_path / "last.pt")
+
+
 def test_colour_networks_take_a_grey_ones_place(tmp_path):
     grey = trained(StyleGAN2Generator(**TINY_G), tmp_path / "g.pt")
     colour = transfer_stylegan2(StyleGAN2Generator(out_channels=3, **TINY_G), tmp_path / "g.pt").eval()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgen import lineage
 from medgen.data.synthetic_set import provenance_line
 from medgen.errors import UserError
 
@@ -117,6 +118,7 @@ def derived_item(image: str, sources: Sequence[Item], among: Sequence[Item], sha
         "derived_from": list(dict.fromkeys(source["image"] for source in sources)),
         "derived_from_patients": _patients(sources),
         **how,
+        **({"generator": uri} if (uri := lineage.uri_of(sha256)) else {}),
         "generator_sha256": sha256,
     }
 

@@ -154,7 +154,8 @@ def items_from_folder(
     """Datalist items for a folder of images without a datalist, for inference.
 
     Args:
-        folder: searched with all folders below it; hidden files, CSV, JSON and TXT are passed over.
+        folder: searched with all folders below it; hidden files are passed over, and so are CSV, JSON and TXT, which
+            the line printed at the end counts.
         rejected: CSV to write (``file, reason``). Every file is then read once beforehand: one that is no readable
             image is left out and has a row there, and so has one with several frames, of which the first is used.
             None: every file is taken, unread.
@@ -168,11 +169,12 @@ def items_from_folder(
         UserError: if ``folder`` is no folder or holds no file, or none that can be read, or if ``rejected`` cannot be
             written.
     """
-    files = [file for file in list_files(folder) if not file.lower().endswith(NOT_IMAGES)]
+    found = list_files(folder)
+    files = [file for file in found if not file.lower().endswith(NOT_IMAGES)]
     if not files:
         raise UserError(f"expected images below {folder}, got an empty folder; name the folder that holds them")
     if rejected is not None:
-        files = _readable(folder, files, rejected, num_workers)
+        files = _readable(folder, files, rejected, num_workers, len(found) - len(files))
     return [{"image": os.path.join(folder, file), "patient": file_stem(file)} for file in files]
 
 
@@ -213,7 +215,9 @@ def _checked(paths: Sequence[str], num_workers: int) -> Iterable[tuple[int, str]
     return tqdm(loader, desc="checking", unit="file", leave=False, disable=None)
 
 
-def _readable(folder: str | os.PathLike, files: list[str], rejected: str | os.PathLike, num_workers: int) -> list[str]:
+def _readable(
+    folder: str | os.PathLike, files: list[str], rejected: str | os.PathLike, num_workers: int, texts: int
+) -> list[str]:
     """The files whose first frame can be read; the others, and those with more frames, go to the CSV."""
     rows, used, several = {}, [], 0
     checked = _checked([os.path.join(folder, file) for file in files], num_workers)
@@ -231,7 +235,7 @@ def _readable(folder: str | os.PathLike, files: list[str], rejected: str | os.Pa
         raise UserError(f"none of the {len(files)} files below {folder} is a readable image; see {rejected}")
     print(
         f"{folder}: {len(used)} of {len(files)} files are readable images, {several} of them with further frames that "
-        f"are left out; reasons: {rejected}",
+        f"are left out; reasons: {rejected}" + (f"; {texts} CSV, JSON or TXT passed over" if texts else ""),
         flush=True,
     )
     return used

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from medgen import lineage
 from medgen.data.datalist import write_datalist
-from medgen.data.image_set import file_sha256
 from medgen.data.pending import pending_groups
 from medgen.data.reader import read_frames
 from medgen.errors import UserError
@@ -45,7 +45,7 @@ def weights_sha256(model_path: str | os.PathLike[str]) -> str:
     """
     if not Path(model_path).is_file():
         raise UserError(f"no weights at {model_path}; train the bundle first, or name a file with --model_path")
-    return file_sha256(model_path)
+    return lineage.weights_digest(model_path)
 
 
 def provenance_line(record: Mapping[str, Any]) -> str:
@@ -121,7 +121,8 @@ class SyntheticSet:
     - ``generation.json``, the settings that decide the pixels, since a folder holds images of one setting only, and
       the seeds of all runs in it;
     - ``datalist.json``, each image a patient of its own (``synthetic-42``) with its seed, its class, its prompt as
-      ``text`` and the SHA-256 of the generator's weights, so that metrics and trainings read the set like a real one;
+      ``text`` and the SHA-256 of the generator's weights (and ``model``, ``models:/NAME/VERSION`` of a registered
+      one), so that metrics and trainings read the set like a real one;
       images of earlier runs in the folder are among them;
     - ``images/grid.png``, the first images.
 
@@ -241,6 +242,12 @@ class SyntheticSet:
         return weights_sha256(self.model_path)
 
     @property
+    def _registered(self) -> dict[str, str]:
+        """The registered model that the weights are of, where they are of one."""
+        uri = lineage.uri_of(self.model_sha256)
+        return {"model": uri} if uri else {}
+
+    @property
     def record(self) -> dict[str, Any]:
         """All that decides the pixels of a seed's image, and its label."""
         prompts = {"prompts": self.prompts} if self.prompts else {}
@@ -250,7 +257,7 @@ class SyntheticSet:
     @property
     def provenance(self) -> str:
         """The record as a text, the weights first and each value cut short; of several prompts their number."""
-        shown = self.record
+        shown = {**self._registered, **self.record}
         if len(self.prompts) == 1:
             shown["prompts"] = f"'{self.prompts[0]:.{SHOWN - 2}}'"
         elif self.prompts:
@@ -290,6 +297,7 @@ class SyntheticSet:
                     **condition,
                     "synthetic": True,
                     "seed": item["seed"],
+                    **self._registered,
                     "model_sha256": self.model_sha256,
                 }
             )

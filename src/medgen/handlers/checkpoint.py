@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from medgen import lineage
 from medgen.data.image_set import file_sha256
 from medgen.engines.trainer import GenerativeTrainer, unwrap
 from medgen.errors import UserError
@@ -42,6 +44,25 @@ def atomic_save(obj: Any, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    """A training's state on the CPU; raises whatever a broken or foreign file leads to."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if {"components", "fingerprint", "images_seen"} - set(state):
+        raise ValueError("not a checkpoint of this collection")
+    return state
+
+
+def _read_other(path: Path) -> dict[str, Any]:
+    """The state of another training."""
+    wanted = "name OUT/checkpoints/last.pt, or the output folder OUT of a training, with --resume_from"
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; {wanted}")
+    try:
+        return _read_state(path)
+    except Exception as error:
+        raise UserError(f"{path} is no checkpoint of a training ({type(error).__name__}); {wanted}") from error
+
+
 class TrainingCheckpoint:
     """Saves the complete state of a :class:`GenerativeTrainer`, and continues from it.
 
@@ -56,6 +77,8 @@ class TrainingCheckpoint:
         resume: continue from ``folder`` if it holds a checkpoint.
         fingerprint: plain values that must agree between the checkpoint and the resumed training, such as the hash of
             the datalist.
+        resume_from: checkpoint of another training, whose state this one begins with unless it continues from
+            ``folder``. Components with ``disown`` are told that the files they remember are that training's.
     """
 
     def __init__(
@@ -64,11 +87,13 @@ class TrainingCheckpoint:
         interval: int = 1000,
         resume: bool = False,
         fingerprint: Mapping[str, str | int | float] | None = None,
+        resume_from: str | Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.interval = interval
         self.resume = resume
         self.fingerprint = dict(fingerprint or {})
+        self.resume_from = None if resume_from is None else Path(resume_from)
 
     def attach(self, engine: GenerativeTrainer) -> None:
         """Register on a trainer."""
@@ -79,13 +104,18 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.STARTED, lambda: engine.add_event_handler(Events.EPOCH_COMPLETED, self.save))
 
     def start(self, engine: GenerativeTrainer) -> None:
-        """Load the newest readable checkpoint if asked to."""
+        """Load the newest readable checkpoint if asked to, or that of another training."""
         if idist.get_rank() == 0:
             for stale in self.folder.glob(".newest.pt.*"):  # what a kill in the middle of a save left
                 stale.unlink(missing_ok=True)
         state = self.load() if self.resume else None
         if state is not None:
-            self._restore(engine, state)
+            self._restore(engine, state, self.folder)
+        elif self.resume_from is not None:
+            self._restore(engine, _read_other(self.resume_from), self.resume_from)
+            for part in engine.components.values():
+                if hasattr(part, "disown"):
+                    part.disown()
         elif self.resume:
             logger.info(f"no checkpoint in {self.folder} yet: training starts at the beginning")
         # a process that reads another checkpoint, or none, would train other weights than the rest, unnoticed
@@ -96,15 +126,15 @@ class TrainingCheckpoint:
                 "folder that all of them see"
             )
 
-    def _restore(self, engine: GenerativeTrainer, state: Mapping[str, Any]) -> None:
+    def _restore(self, engine: GenerativeTrainer, state: Mapping[str, Any], source: Path) -> None:
         for name, value in self.fingerprint.items():
             if state["fingerprint"].get(name) != value:
                 raise UserError(
-                    f"the checkpoint in {self.folder} was made with {name} {state['fingerprint'].get(name)}, this run "
-                    f"has {value}; resume with what it was made with, or choose another --output_dir"
+                    f"the checkpoint {source} was made with {name} {state['fingerprint'].get(name)}, this run has "
+                    f"{value}; resume with what it was made with, or train anew into another --output_dir"
                 )
         engine.load_training_state(state)
-        logger.info(f"resumed from {self.folder} at iteration {engine.state.iteration}, {engine.images_seen} images")
+        logger.info(f"resumed from {source} at iteration {engine.state.iteration}, {engine.images_seen} images")
         if engine.state.epoch >= engine.state.max_epochs:
             logger.info(f"this training is complete; to go on {engine.longer}")
 
@@ -119,10 +149,7 @@ class TrainingCheckpoint:
             if not path.is_file():
                 continue
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                if {"components", "fingerprint", "images_seen"} - set(state):
-                    raise ValueError("not a checkpoint of this collection")
-                return state
+                return _read_state(path)
             # a broken or foreign file raises whatever its bytes lead to
             except Exception as error:
                 problem = f"{path} cannot be read ({type(error).__name__})"
@@ -188,6 +215,11 @@ class BestModelSaver:
         self.network, self.path = network, Path(path)
         if self.path.is_dir():
             raise UserError(f"model_path must be a file, got the folder {path}; set --model_path {path}/model.pt")
+        if re.match(r"\w+:/", str(path)):
+            raise UserError(
+                f"model_path of a training must be a file to write, got {path}; begin with weights by the settings for "
+                "that, and register the file afterwards"
+            )
         self.record, self.position = record, position or dict
         self.companions, self._accompanied = companions, companions is None
         self.is_better = is_better or (lambda new, best: new < best)
@@ -238,11 +270,15 @@ class BestModelSaver:
         self.best = state["best"] if self.path.is_file() else None
         self._stage = state.get("stage")
 
+    def disown(self) -> None:
+        """Take the file at ``path`` for another training's: the next validation sets it aside."""
+        self.best = None
+
 
 class WeightsLoader:
     """Loads a bare state dict into a network before an evaluation, and says so in one line if it cannot.
 
-    ``engine.state.model_sha256`` says which file it was.
+    ``engine.state.model_sha256`` says which file it was, ``engine.state.model`` which registered model, if any.
 
     Args:
         network: the network.
@@ -268,5 +304,8 @@ class WeightsLoader:
         network = unwrap(self.network)
         check_same_shapes(str(self.path), network.state_dict(), state)
         network.load_state_dict(state)
-        engine.state.model_sha256 = file_sha256(self.path)
+        source = lineage.note("model", self.path, self.path)
+        engine.state.model_sha256 = source.sha256
+        if source.uri:
+            engine.state.model = source.uri
         logger.info(f"weights from {self.path}")

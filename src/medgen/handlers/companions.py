@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medgen import lineage
 from medgen.data.image_set import file_sha256
 from medgen.errors import UserError
 from medgen.output import atomic_file, atomic_write_text, plain_json
@@ -32,7 +33,8 @@ class ModelCompanions:
         model_path: file of the weights.
         files: name beside the weights -> file that is copied there.
         record: settings that the weights are wrong without, written to ``trained_as.json``; sampling checks them with
-            :func:`check_trained_as`.
+            :func:`check_trained_as`. Registered models that the training read are written beside them, such as
+            ``"autoencoder_model": "models:/NAME/VERSION"``.
     """
 
     def __init__(self, model_path: str | Path, files: Mapping[str, str | Path], record: Mapping[str, Any]) -> None:
@@ -63,7 +65,9 @@ class ModelCompanions:
 
     def sign(self) -> None:
         """Say of the weights that were written how they were trained."""
-        atomic_write_text(self.path.with_name(RECORD), json.dumps(plain_json(self.record), indent=4) + "\n")
+        models = {f"{source.kind}_model": source.uri for source in lineage.used() if source.uri}
+        content = plain_json({**self.record, **models})
+        atomic_write_text(self.path.with_name(RECORD), json.dumps(content, indent=4) + "\n")
 
 
 def _copy(path: Path, target: Path) -> None:

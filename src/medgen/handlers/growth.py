@@ -73,3 +73,7 @@ class LevelSaver:
     def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
         """Continue from :meth:`state_dict`."""
         self._saved = list(state["saved"])
+
+    def disown(self) -> None:
+        """Take the levels that are there for another training's: the first of this one sets them aside."""
+        self._saved = []

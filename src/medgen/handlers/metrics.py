@@ -59,7 +59,8 @@ class MetricsJSON:
         for name in (name for name, value in finite.items() if value is None):
             logger.warning(f"{name} is {figures[name]}: written as null")
         # which weights were measured: the registry refuses the figures of others
-        model = {"model_sha256": engine.state.model_sha256} if hasattr(engine.state, "model_sha256") else {}
+        names = ("model", "model_sha256")
+        model = {name: getattr(engine.state, name) for name in names if hasattr(engine.state, name)}
         record = {**finite, "n": n, **self.extra, **model, "git": git_revision()}
         atomic_write_text(self.path, json.dumps(record, indent=4, allow_nan=False) + "\n")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in list(figures.items())[:SHOWN])

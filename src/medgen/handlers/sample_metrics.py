@@ -83,7 +83,7 @@ class SampleMetrics(SetMetrics):
         size = {"image_size": image_size, "mode": "L" if channels == 1 else "RGB"}
         draw = {"max_images": max_images, "seed": seed}
         self.sets: dict[str, ImageSet] = {}
-        self.model_sha256 = None
+        self.model: dict[str, str] = {}
         if samples_dir:
             source = Path(samples_dir) / "datalist.json"
             if not source.is_file():
@@ -92,7 +92,7 @@ class SampleMetrics(SetMetrics):
                     "its --output_dir with --samples_dir"
                 )
             self.sets["samples"] = ImageSet.from_source(source, name="samples", **size, **draw)
-            self.model_sha256 = _model_of(source)
+            self.model = _model_of(source)
         else:
             logger.warning(
                 "samples are left out: none given; make them with inference.json, and name its --output_dir with "
@@ -156,8 +156,8 @@ class SampleMetrics(SetMetrics):
         for name, extractor in self.extractors.items():
             metrics |= self._distances(name, extractor, chosen)
         engine.state.metrics.update(metrics)
-        if self.model_sha256:
-            engine.state.model_sha256 = self.model_sha256
+        for name, value in self.model.items():
+            setattr(engine.state, name, value)
 
     def _count(self) -> int:
         """Images of the smallest set."""
@@ -179,9 +179,9 @@ def _some(images: ImageSet, n: int, seed: int) -> ImageSet:
     return images.subset(np.sort(np.random.default_rng(seed).choice(len(images), n, replace=False)).tolist())
 
 
-def _model_of(datalist: Path) -> str | None:
-    """SHA-256 of the weights that made all samples of a datalist; None if that cannot be told."""
+def _model_of(datalist: Path) -> dict[str, str]:
+    """What made all samples of a datalist: checksum of the weights, and the registered model; empty if none did."""
     content = json.loads(datalist.read_text(encoding="utf-8"))
     items = [item for split in content.values() if isinstance(split, list) for item in split if isinstance(item, dict)]
-    models = {item.get("model_sha256") for item in items}
-    return models.pop() if len(models) == 1 else None
+    found = {name: {item.get(name) for item in items} for name in ("model", "model_sha256")}
+    return {name: value for name, values in found.items() if len(values) == 1 and (value := values.pop())}

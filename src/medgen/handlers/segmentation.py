@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from medgen.transforms.outline import PREDICTED, TRUE, draw_outlines
 warnings.filterwarnings("ignore", message=".*Argument `always_return_as_numpy` has been deprecated")
 
 __all__ = ["MetricIntervals", "SegmentationGrid"]
+
+logger = logging.getLogger(__name__)
 
 GAP = 4  # white pixels between pictures
 
@@ -79,7 +82,7 @@ class MetricIntervals:
 
     Patients are drawn with replacement (:func:`~medgen.metrics.bootstrap_mean`). Images for which a metric is infinite
     or NaN, such as distances to an empty mask, are left out of its mean and its interval; ``n_<name>`` then
-    counts the rest.
+    counts the rest. Of one patient there is a mean and no interval.
 
     Attach it to an evaluator that goes through ``items`` in their order, in one process.
 
@@ -105,6 +108,10 @@ class MetricIntervals:
             if not finite.any():
                 continue
             patients = [patient for patient, known in zip(self.patients, finite, strict=True) if known]
+            if len(set(patients)) < 2:
+                logger.warning(f"{name} is known of one patient alone: written without an interval")
+                engine.state.metrics[name] = float(values[finite].mean())
+                continue
             estimate = bootstrap_mean(values[finite], patients, seed=self.seed)
             engine.state.metrics |= {
                 name: estimate.value,

@@ -924,7 +924,8 @@ def transfer_stylegan2(
 
     Args:
         network: to be filled, in place.
-        path: state dict of a generator or of a discriminator, such as ``medgen convert`` writes; None changes nothing.
+        path: state dict of a generator or of a discriminator, such as ``medgen convert`` writes, for the latter also a
+            training's checkpoint; None changes nothing.
 
     Returns:
         The network.
@@ -935,10 +936,11 @@ def transfer_stylegan2(
     """
     if path is None:
         return network
-    given = read_state_dict(path)
+    is_discriminator = isinstance(network, StyleGAN2Discriminator)
+    given = read_state_dict(path, component="discriminator" if is_discriminator else None)
     own = network.state_dict()
     offset = 0
-    if isinstance(network, StyleGAN2Discriminator):  # its blocks count from the image: match them from the base
+    if is_discriminator:  # its blocks count from the image: match them from the base
         offset = _depth(own) - _depth(given)
     taken: dict[str, torch.Tensor] = {}
     for name, value in given.items():
