@@ -12,10 +12,7 @@ import io
 import json
 import os
 import shutil
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +30,9 @@ from PIL import Image
 from medgen.data.phantom import make_thorax
 from medgen.networks import StyleGAN2Generator
 from medgen.serving import save_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mlflow_servers import Server
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "stylegan2_anomaly"
 CLIENTS = (1, 8)
@@ -59,30 +59,11 @@ def stage_model(stage: Path) -> Path:
 @contextmanager
 def serving(model: Path) -> Iterator[tuple[str, int]]:
     """Address of a server, and the id of its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(model.parent / "server.log", "wb") as log:
-        command += ["-h", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        while True:
-            if process.poll() is not None:
-                raise RuntimeError((model.parent / "server.log").read_text()[-2000:])
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
+    command = ["mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
+    with Server([*command, "-h", "127.0.0.1", "-p", "{port}"], model.parent) as server:
         # MLflow's command waits for the server that it started
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        yield f"http://127.0.0.1:{port}/invocations", int(children[0])
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        yield f"{server.uri}/invocations", int(children[0])
 
 
 def resident(process: int) -> int:

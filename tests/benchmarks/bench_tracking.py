@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,9 @@ from torch import nn
 from medgen.data.stream import ResumableDataLoader
 from medgen.engines import GenerativeTrainer
 from medgen.tracking import Tracker, TrainingTracking
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mlflow_servers import mlflow_server
 
 SIDE, BATCH = 64, 4
 BLOCK, BLOCKS, INTERVAL = 20, 30, 10  # steps of a block, blocks of each kind, steps between points
@@ -93,28 +94,6 @@ def measure(uri: str, folder: Path) -> tuple[float, float, float]:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """``mlflow server`` on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextmanager
 def black_hole() -> Iterator[str]:
     """A socket that accepts connections and never answers."""
     with socket.socket() as listener:
@@ -129,10 +108,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with server(folder) as running, black_hole() as silent:
+        with mlflow_server(folder) as running, black_hole() as silent:
             for what, uri in (
                 ("SQLite file", f"sqlite:///{folder}/mlflow.db"),
-                ("server on loopback", running),
+                ("server on loopback", running.uri),
                 ("server that never answers", silent),
             ):
                 (folder / what).mkdir()

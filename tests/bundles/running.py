@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,13 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import monai.bundle
 import numpy as np
 import pydicom
 import pytest
 import torch
+from monai.transforms import Randomizable
 
 from medgen.errors import find_user_error
 from medgen.networks import LatentGenerator
@@ -60,25 +63,42 @@ class Forked:
     """A program of Python that begins in a fork of a process which has imported the slow libraries already.
 
     It is killed, waited for and read like a :class:`subprocess.Popen`; importing MONAI takes ten seconds, and the tests
-    start some eighty programs that do.
+    start some eighty programs that do. What a fork cannot have of its own is the seed of Python's hashes: see
+    :func:`start_afresh`.
     """
 
     _context: multiprocessing.context.BaseContext | None = None
+    _running: ClassVar[set[Forked]] = set()
 
     def __init__(self, arguments: list[str], cwd: Path) -> None:
         descriptor, name = tempfile.mkstemp(prefix="output-")
         os.close(descriptor)
         self._output = Path(name)
-        target = (arguments, str(cwd), name)
+        target = (arguments, str(cwd), name, _environment())
         self._process = self._forkserver().Process(target=_run_module, args=target, daemon=False)
         self._process.start()
         self.pid = self._process.pid
+        self._running.add(self)
+
+    @classmethod
+    def kill_all(cls) -> None:
+        """End what a failed test has left: multiprocessing would wait for it at the end."""
+        for process in list(cls._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process._end()
+
+    def _end(self) -> None:
+        self._process.join()
+        self._running.discard(self)
+        self._output.unlink(missing_ok=True)
 
     @classmethod
     def _forkserver(cls) -> multiprocessing.context.BaseContext:
         if cls._context is None:
             cls._context = multiprocessing.get_context("forkserver")
             cls._context.set_forkserver_preload(PRELOADED)
+            atexit.register(cls.kill_all)  # before multiprocessing's own
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("OMP_NUM_THREADS", "1")  # read when torch is imported; and threads do not survive a fork
                 patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -98,24 +118,43 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """What it printed on both streams, once it has ended."""
         self._process.join(timeout)
-        if self.returncode is None:
+        late = self.returncode is None
+        if late:
             os.killpg(self.pid, signal.SIGKILL)
-            self._process.join()
-            raise subprocess.TimeoutExpired("a forked program", timeout, self._output.read_bytes())
+        self._process.join()
         output = self._output.read_text(errors="replace")
-        self._output.unlink()
+        self._end()
+        if late:
+            raise subprocess.TimeoutExpired("a forked program", timeout, output)
         return output, None
 
 
-def _run_module(arguments: list[str], cwd: str, output: str) -> None:
+def _environment() -> dict[str, str]:
+    """This process's, but for what would be shared with others."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return environment
+
+
+def _reseed() -> None:
+    """Give a fork random numbers of its own: what forgets to seed must not look as if it had."""
+    np.random.seed()
+    torch.seed()
+    Randomizable.R = np.random.RandomState()  # of MONAI's transforms that nobody has seeded
+
+
+def _run_module(arguments: list[str], cwd: str, output: str, environment: dict[str, str]) -> None:
     """``python -m MODULE ...`` in a fork, in a session of its own, so that it is killed with its workers."""
     os.setsid()
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(cwd)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ.clear()
+    os.environ.update(environment)
+    _reseed()
+    if arguments[1] == "torch.distributed.run":
+        os.register_at_fork(after_in_child=_reseed)
     sys.path.insert(0, "")  # as the interpreter does for -m
     logging.root.handlers.clear()
     multiprocessing.set_start_method("fork", force=True)  # the default on Linux; here it would be the forkserver
@@ -140,7 +179,24 @@ def start(bundle: Path, arguments: list[str], *launcher: str) -> Forked:
     return Forked(arguments, bundle)
 
 
-def finish(process: Forked) -> str:
+def start_afresh(bundle: Path, arguments: list[str]) -> subprocess.Popen:
+    """A program as its users start it: an interpreter that imports all by itself, with another seed of its hashes.
+
+    A training that is resumed in it ends with the bits of one in a fork only if nothing hangs on an order of sets, on
+    numbers that nobody has seeded, or on what others have imported.
+    """
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=bundle,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: Forked | subprocess.Popen) -> str:
     """What it printed, once it has ended well."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
@@ -252,7 +308,7 @@ def search_killed_twice(
         process.communicate()
         done = len(list(killed.glob("projections/*.npz")))
         assert done < pictures
-    output = finish(start(bundle, command(config, killed, **settings, resume="true")))
+    output = finish(start_afresh(bundle, command(config, killed, **settings, resume="true")))
     finish(running)
     return files_in(undisturbed), files_in(killed), done, output
 

@@ -23,6 +23,7 @@ from running import (
     run,
     spoil,
     start,
+    start_afresh,
     state,
 )
 
@@ -43,7 +44,7 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_weight
         process = start(BUNDLE, command(TRAIN, killed, **settings))
         kill_after_next_checkpoint(process, killed, rng)
         kills += 1
-    assert "resumed from" in finish(start(BUNDLE, command(TRAIN, killed, **settings)))
+    assert "resumed from" in finish(start_afresh(BUNDLE, command(TRAIN, killed, **settings)))
     finish(running)
     assert state(undisturbed)["images_seen"] == 6 * 4
     assert {"network", "discriminator", "g_optimizer", "d_optimizer", "ema"} <= set(state(killed)["components"])

@@ -18,6 +18,7 @@ from running import (
     kill_after_next_checkpoint,
     run,
     start,
+    start_afresh,
     state,
 )
 
@@ -46,7 +47,7 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_state(
     seed = int(time.time())
     print(f"seed of the kills: {seed}")
     kill_after_next_checkpoint(start(BUNDLE, command(config_file, killed, **settings)), killed, random.Random(seed))
-    assert "resumed from" in finish(start(BUNDLE, command(config_file, killed, **settings)))
+    assert "resumed from" in finish(start_afresh(BUNDLE, command(config_file, killed, **settings)))
     finish(running)
     assert state(undisturbed)["images_seen"] == 32
     assert_same_training(undisturbed, killed)

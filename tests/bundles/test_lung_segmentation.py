@@ -22,6 +22,7 @@ from running import (
     run,
     spoil,
     start,
+    start_afresh,
     state,
 )
 from skimage.metrics import hausdorff_distance
@@ -46,7 +47,7 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_weight
     rng = random.Random(seed)
     for _ in range(2):
         kill_after_next_checkpoint(start(BUNDLE, command(TRAIN, killed, **settings)), killed, rng)
-    assert "resumed from" in finish(start(BUNDLE, command(TRAIN, killed, **settings)))
+    assert "resumed from" in finish(start_afresh(BUNDLE, command(TRAIN, killed, **settings)))
     finish(running)
     assert state(undisturbed)["images_seen"] == 6 * 4
     assert {"network", "optimizer", "ema", "best_model"} == set(state(killed)["components"])

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from base64_pictures import as_base64, picture
+from mlflow_servers import Server
 
 from medgen.serving import load_service, save_model
 
 pytestmark = pytest.mark.slow(reason="a server is started, which imports MONAI and MLflow")
-
-STARTING = 240  # seconds, on a machine with other things to do
 
 
 @pytest.fixture(scope="module")
@@ -44,38 +37,10 @@ def model(make_bundle, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(model) -> Any:
     """Address of MLflow's own server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",
-    }
-    with open(model.parent / "server.log", "wb") as log:
-        process = subprocess.Popen(
-            [*command, "-h", "127.0.0.1", "-p", str(port)],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            cwd=model.parent,
-            start_new_session=True,
-        )
-    try:
-        for _ in range(STARTING * 5):
-            assert process.poll() is None, (model.parent / "server.log").read_text()[-2000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/invocations"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    command = ["mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
+    environment = {"OMP_NUM_THREADS": "1", "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu"}
+    with Server([*command, "-h", "127.0.0.1", "-p", "{port}"], model.parent, **environment) as running:
+        yield f"{running.uri}/invocations"
 
 
 def post(url: str, body: Any, kind: str = "application/json") -> tuple[int, Any]:
@@ -141,8 +106,13 @@ BAD = {
     "null": ({"inputs": {"image": None}}, "must be a PNG or JPEG in base64"),
     "number": ({"inputs": [3]}, "got something of type int"),
     "an object": ({"inputs": {"image": {"a": "b"}}}, "must be a PNG or JPEG in base64"),
-    "records": ({"dataframe_records": [1, 2]}, "got none"),
-    "split": ({"dataframe_split": {"x": 1}}, "split format must have 'data'"),
+    "records": ({"dataframe_records": [1, 2]}, "must have image and nothing else, got a int in entry 1 of 2"),
+    "misspelt": ({"instances": [{"img": "x"}, {"image": "y"}]}, "must have image and nothing else"),
+    "another column": ({"inputs": {"image": ["x"], "name": ["y"]}}, "nothing else, got 2 names in entry 1 of 1"),
+    "split": ({"dataframe_split": {"x": 1}}, "the inputs do not fit the model.*; send"),
+    "many lists": (b'{"inputs": [' + b"[]," * 2**20 + b"[]]}", "at most 524288 lists and objects"),
+    "long seed": (b'{"inputs": [], "params": {"seed": 1' + b"0" * 400 + b"}}", "from 0 to 4294967295, got 1000"),
+    "steps of samples": ({"inputs": [], "params": {"task": "sample", "steps": 7}}, "steps belongs to the task score"),
     "base64": ({"inputs": ["!!"]}, "a text that is no base64"),
     "text": ({"inputs": ["aGVsbG8gd29ybGQ="]}, "11 bytes of another kind"),
     "NaN": (b'{"inputs": {"image": [[[NaN, 0.5], [0, 0]]]}}', "must be finite, got 1 NaN"),

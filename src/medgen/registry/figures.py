@@ -4,10 +4,21 @@ from __future__ import annotations
 
 __all__ = ["BOUNDS", "direction_of"]
 
-HIGHER = ("accuracy", "auroc", "average_precision", "coverage", "dice", "iou", "ms_ssim", "precision", "psnr", "recall")
-HIGHER += ("sensitivity", "specificity", "ssim")
-LOWER = ("fid", "frd", "hausdorff95_pixels", "kid", "l1", "l2", "loss", "lpips", "mae", "memorised_share", "mse")
-LOWER += ("surface_distance_pixels", "swd")
+HIGHER = (
+    "accuracy",
+    "auroc",
+    "average_precision",
+    "coverage",
+    "dice",
+    "haarpsi",
+    "iou",
+    "ms_ssim",
+    "precision",
+    "psnr",
+)
+HIGHER += ("recall", "sensitivity", "specificity", "ssim")
+LOWER = ("fid", "frd", "hausdorff95_pixels", "kid", "l1", "l2", "loss", "lpips", "mae", "mdsi", "memorised_share")
+LOWER += ("ms_gmsd", "mse", "surface_distance_pixels", "swd")
 # ends of an interval's names
 BOUNDS = ("low", "high")
 # of real images, of spreads, of settings, and of diversity, where neither more nor less is better
