@@ -132,7 +132,7 @@ def promote(
         typer.Option(
             "--not_worse",
             help="Metric in which it must not be worse than the version that has the alias: METRIC:higher or "
-            "METRIC:lower, whichever is better; may be repeated.",
+            "METRIC:lower, whichever is better; may be repeated. A figure that it must have also where none has it.",
         ),
     ] = None,
     tracking_uri: TrackingURI = None,
@@ -143,8 +143,9 @@ def promote(
     before = {None: "which no version had", version: "as before"}.get(
         done.previous, f"which version {done.previous} had"
     )
-    gate = f"; passed {', '.join(done.gate)}" if done.gate else "; nothing was required"
-    typer.echo(f"models:/{name}@{alias} is version {version}, {before}{gate}")
+    gate = f"; passed {', '.join(done.gate)}" if done.gate else ""
+    gate += "".join(f"; {metric}: no version to compare with" for metric in done.uncompared)
+    typer.echo(f"models:/{name}@{alias} is version {version}, {before}{gate or '; nothing was required'}")
 
 
 @app.command()

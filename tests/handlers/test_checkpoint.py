@@ -126,10 +126,41 @@ def test_new_folder_continues_another_training_bit_for_bit(tmp_path):
     assert resumed.state.iteration == 20
 
 
+def test_source_of_another_training_is_looked_for_only_by_who_begins_with_it(tmp_path):
+    trainer(tmp_path / "a").run()
+    asked = []
+
+    def find():
+        asked.append(1)
+        return tmp_path / "a/last.pt"
+
+    begun = trainer(tmp_path / "b", resume=True, resume_from=find, max_epochs=4)
+    begun.run()
+    assert (begun.state.iteration, len(asked)) == (20, 1)
+    resumed = trainer(tmp_path / "b", resume=True, resume_from=find, max_epochs=5)
+    resumed.run()
+    assert (resumed.state.iteration, len(asked)) == (25, 1)
+    assert trainer(tmp_path / "c", resume_from=lambda: None)  # the setting is null
+
+
+def test_complete_training_leaves_nothing_to_begin_with(tmp_path):
+    trainer(tmp_path / "a").run()
+    with pytest.raises(
+        UserError, match=r"of .*last\.pt has seen 15 images, .* no step .*, 3 epochs .*; raise --max_epochs"
+    ):
+        trainer(tmp_path / "b", resume_from=tmp_path / "a/last.pt").run()
+    assert not (tmp_path / "b").exists()
+    # its own folder is another matter: resumed once more than needed, nothing happens
+    trainer(tmp_path / "a", resume=True).run()
+
+
 def test_state_of_another_training_with_other_data_is_refused(tmp_path):
     trainer(tmp_path / "a", fingerprint={"datalist": "abc"}).run()
     for wrong, message in (
-        ({"fingerprint": {"datalist": "xyz"}}, r"checkpoint .*last\.pt was made with datalist abc, this run has xyz"),
+        (
+            {"fingerprint": {"datalist": "xyz"}},
+            r"last\.pt was made with datalist abc, this run has xyz; --resume_from goes on",
+        ),
         ({"resume_from": tmp_path / "none"}, r"no checkpoint at .*none; name OUT/checkpoints/last\.pt, or the output"),
         ({"resume_from": __file__}, r"is no checkpoint of a training \(\w+\); name OUT/checkpoints/last\.pt, or"),
     ):

@@ -27,7 +27,9 @@ from vector_bundles import files_of, stored_bundle
 from medgen import cli
 from medgen.bundle_zip import write_zip
 from medgen.errors import UserError
-from medgen.registry import list_models, pull, register_bundle, resolve
+from medgen.registry import list_models, log_run, pull, register_bundle, resolve
+from medgen.registry._connection import connection
+from medgen.tracking.journal import Journal, locked
 
 AUTOENCODER = Path(__file__).parents[2] / "bundles" / "cxr_autoencoder_kl"
 METRICS = {"ms_ssim": 0.97, "psnr": 31.5, "l1": 0.02, "n": 8, "git": "abc123", "split": "test", "fid": float("nan")}
@@ -282,6 +284,8 @@ def test_overlay_of_the_bundle_itself_is_named_without_its_folder(vector_bundle,
         ({"alias": "Latest"}, "keeps the aliases"),
         ({"metrics": '{"dice": {"mean": 1}}'}, "flat object .* got dict at 'dice'"),
         ({"metrics": "[1]"}, "JSON object, got a list"),
+        ({"metrics": '{"mlflow.parentRunId": "x"}'}, "must hold figures, got mlflow.parentRunId"),
+        ({"metrics": '{"medgen.journal": "x"}'}, "must hold figures, got medgen.journal"),
         ({"metrics": "{"}, "must be a JSON file"),
         ({"overlays": '{"chanels": 3}'}, "sets chanels, which is no top-level id of inference.json"),
         ({"tracking_uri": "file:///x"}, "must be a server or a database"),
@@ -384,6 +388,98 @@ def test_misspelt_database_is_not_created(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# ---- what else is going on in MLflow
+
+
+def test_runs_that_are_open_elsewhere_are_left_alone(vector_bundle, store, tmp_path, monkeypatch):
+    client = MlflowClient(store)
+    experiment = client.create_experiment("mine", artifact_location=(tmp_path / "mlruns").as_uri())
+    other = client.create_run(experiment, run_name="somebody's").info.run_id
+    (tmp_path / "metrics.json").write_text('{"l1": 0.1}')
+    mlflow.set_tracking_uri(store)
+    try:
+        with mlflow.start_run(experiment_id=experiment) as active:
+            monkeypatch.setenv("MLFLOW_RUN_ID", other)
+            register_bundle(vector_bundle, "vectors", store, metrics=tmp_path / "metrics.json")
+            logged = log_run(store, "mine", "a report", {"n": 2, "split": "test"}, [tmp_path / "metrics.json"])
+            mlflow.set_tracking_uri(store)
+    finally:
+        mlflow.set_tracking_uri(None)
+
+    version = client.get_model_version("vectors", "1")
+    made = [client.get_run(run_id) for run_id in (version.run_id, logged)]
+    assert [(run.info.run_name, run.info.status) for run in made] == [("vectors", "FINISHED"), ("a report", "FINISHED")]
+    assert [run.data.metrics for run in made] == [{"l1": 0.1}, {"n": 2.0}]
+    assert made[1].data.tags["split"] == "test"
+    assert [file.path for file in client.list_artifacts(logged)] == ["metrics.json"]
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert [(metric.key, metric.value) for metric in model.metrics] == [("l1", 0.1)]
+    assert client.get_run(other).info.status == "RUNNING"
+    assert not client.get_run(other).data.metrics
+    assert not client.get_run(active.info.run_id).data.metrics
+
+
+def test_registry_that_a_variable_names_is_not_the_one_that_was_asked_for(vector_bundle, store, tmp_path, monkeypatch):
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", elsewhere)
+
+    register_bundle(vector_bundle, "vectors", store, "best")
+
+    assert [model.name for model in list_models(store)] == ["vectors"]
+    assert files_of(pull("models:/vectors@best", tmp_path / "pulled", store)) > files_of(vector_bundle)
+    assert not (tmp_path / "elsewhere.db").exists()
+    assert (os.environ["MLFLOW_REGISTRY_URI"], mlflow.get_registry_uri()) == (elsewhere, elsewhere)
+
+
+def test_tables_of_a_new_database_are_made_by_one_process_alone(tmp_path, monkeypatch):
+    held, ask = [], MlflowClient.search_registered_models
+
+    def search(client, **kwargs):
+        with locked(tmp_path / ".mlflow.db.lock") as free:
+            held.append(not free)
+        return ask(client, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "search_registered_models", search)
+    with connection(f"sqlite:///{tmp_path / 'mlflow.db'}", create=True):
+        with locked(tmp_path / ".mlflow.db.lock") as free:
+            assert free  # an upload keeps nobody waiting
+
+    assert held == [True]
+
+
+def test_registrations_that_begin_at_the_same_time_share_experiment_and_model(vector_bundle, store, monkeypatch):
+    client = MlflowClient(store)
+    looks = {"get_experiment_by_name": None, "search_registered_models": []}
+    for name, nothing in looks.items():
+        ask = getattr(MlflowClient, name)
+
+        def look(self, *args, ask=ask, nothing=nothing, seen=[], **kwargs):  # noqa: B006
+            if kwargs.get("max_results") == 1 or seen:
+                return ask(self, *args, **kwargs)
+            seen.append(1)  # made by another process after this look at it
+            return nothing
+
+        monkeypatch.setattr(MlflowClient, name, look)
+    client.create_experiment("vectors")
+    client.create_registered_model("vectors")
+
+    assert register_bundle(vector_bundle, "vectors", store) == 1
+
+
+def test_model_that_another_process_has_given_a_version_is_not_deleted(vector_bundle, store, monkeypatch):
+    create = MlflowClient.create_model_version
+
+    def too_late(client, name, **kwargs):
+        create(client, name, kwargs["source"])
+        raise MlflowException("disk full")
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", too_late)
+    with pytest.raises(UserError, match="disk full"):
+        register_bundle(vector_bundle, "vectors", store)
+
+    assert [version.version for version in MlflowClient(store).search_model_versions("name = 'vectors'")] == [1]
+
+
 # ---- archives, trainings, pictures
 
 
@@ -422,6 +518,30 @@ def test_version_names_the_run_of_its_training_and_what_that_was_made_from(vecto
     assert version.tags["model_sha256"] == hashlib.sha256((vector_bundle / "models/model.pt").read_bytes()).hexdigest()
     assert f"run vectors-1, {run.info.run_id}" in version.description
     assert client.get_run(version.run_id).data.tags["mlflow.parentRunId"] == run.info.run_id
+
+
+def test_training_is_known_by_its_journal_whatever_other_runs_are_called(vector_bundle, store, tmp_path):
+    training = make_training(tmp_path / "out", "vectors", vector_bundle / "models" / "model.pt")
+    Journal(training, "earlier", "trainings").close()
+    journal = Journal(training, "vectors", "trainings")
+    journal.close()
+    client = MlflowClient(store)
+    experiment = client.create_experiment("trainings", artifact_location=(tmp_path / "mlruns").as_uri())
+    run = client.create_run(experiment, run_name="vectors", tags={"medgen.journal": journal.header["id"]})
+    client.create_run(experiment, run_name="vectors", tags={"medgen.journal": "of another folder"})
+    client.create_run(experiment, run_name="vectors")
+
+    register_bundle(vector_bundle, "vectors", store, training=training)
+
+    assert client.get_model_version("vectors", "1").tags["training_run_id"] == run.info.run_id
+    # sent to another registry than this one
+    client.delete_run(run.info.run_id)
+    with pytest.raises(UserError, match=r"knows no run vectors .*; send it with `medgen tracking send"):
+        register_bundle(vector_bundle, "vectors", store, training=training)
+    # with no journal there is the name alone, and several have it
+    shutil.rmtree(training / "tracking")
+    with pytest.raises(UserError, match=r"must know one run vectors of the training in .*, got several of that name"):
+        register_bundle(vector_bundle, "vectors", store, training=training)
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,23 @@ def test_link_to_weights_is_no_matter_where_others_are_named(vector_bundle, stor
     assert register_bundle(vector_bundle, "vectors", store, weights=vector_bundle / "trained.pt") == 1
 
 
+def test_record_beside_the_weights_sets_no_tag_but_lineage(vector_bundle, store, tmp_path):
+    forged = {"model": "a" * 64, "tensors": "a" * 64, "served_sha256": "a" * 64, "bundle": "models:/x/1"}
+    forged |= {"gate_champion": "models:/x/1", "promoted_champion": "a" * 64, "training_run_id": "models:/x/1"}
+    forged |= {"mlflow.user": "models:/x/1", "autoencoder": "models:/ auroc>=0.99 (1)", "generator": "b" * 64}
+    (vector_bundle / "models" / "trained_as.json").write_text(json.dumps(forged))
+
+    register_bundle(vector_bundle, "vectors", store)
+
+    client = MlflowClient(store)
+    version = client.get_model_version("vectors", "1")
+    assert version.tags["model_sha256"] == file_digest(vector_bundle / "models" / "model.pt")
+    assert (version.tags["bundle"], version.tags["lineage"]) == ("vectors", "generator_sha256")
+    values = [*version.tags.values(), *client.get_run(version.run_id).data.tags.values()]
+    assert [value for value in values if value == "a" * 64 or value.startswith("models:/")] == []
+    assert (pull("models:/vectors/1", tmp_path / "pulled", store) / "LICENSE").is_file()
+
+
 @pytest.mark.parametrize("member", ["vectors/../../x", "../../x", "/x", "link"])
 def test_archive_with_a_path_that_leaves_it_is_not_registered(vector_bundle, tmp_path, member):
     archive = tmp_path / "vectors.zip"

@@ -8,6 +8,8 @@ import shutil
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.tracking import MlflowClient
 from torch import nn
 from typer.testing import CliRunner
@@ -15,7 +17,7 @@ from vector_bundles import file_digest, make_vector_bundle
 
 from medgen import cli
 from medgen.errors import UserError
-from medgen.registry import direction_of, list_models, promote, register_bundle, show
+from medgen.registry import compare, direction_of, list_models, promote, register_bundle, show
 
 FIGURES = (
     {"auroc": 0.82, "frd": 5.0, "l1": 0.02, "n": 100, "split": "test", "git": "abc", "fid": math.nan},
@@ -125,6 +127,22 @@ def test_training_whose_run_was_deleted_is_shown_without_its_name(vectors):
     assert client.get_model_version("vectors", "3").tags == before
 
 
+def test_version_whose_run_is_gone_is_shown_and_compared_all_the_same(vectors, monkeypatch):
+    gone, ask = vectors["client"].get_model_version("vectors", "1").run_id, MlflowClient.get_run
+
+    def get_run(client, run_id):
+        if run_id == gone:  # as after `mlflow gc`
+            raise MlflowException("not found", RESOURCE_DOES_NOT_EXIST)
+        return ask(client, run_id)
+
+    monkeypatch.setattr(MlflowClient, "get_run", get_run)
+    found = show("vectors", 1, vectors["uri"])
+
+    assert (dict(found.notes), dict(found.metrics)) == ({}, {})
+    assert found.training.name == "vectors-7"
+    assert [version.version for version in compare("vectors", [1, 2], vectors["uri"]).versions] == [1, 2]
+
+
 def test_show_command_prints_lines_for_a_person_or_json(vectors):
     text = invoke("show", "models:/encoder@champion", "--tracking_uri", vectors["uri"])
     found = json.loads(invoke("show", "models:/encoder/1", "--json", "--tracking_uri", vectors["uri"]))
@@ -199,7 +217,7 @@ def test_gate_says_which_figure_fell_short_and_moves_nothing(vectors, version, r
 
 def test_version_must_not_be_worse_than_the_one_that_has_the_alias(vectors):
     uri = vectors["uri"]
-    assert promote("vectors", 1, "rival", not_worse=["frd", "auroc"], tracking_uri=uri).gate == ()  # nobody had it
+    promote("vectors", 1, "rival", tracking_uri=uri)
 
     with pytest.raises(UserError, match=r": auroc is 0.71, 0.11 off the required auroc>=0.82 of version 1$"):
         promote("vectors", 2, "rival", not_worse=["frd", "auroc"], tracking_uri=uri)
@@ -208,6 +226,28 @@ def test_version_must_not_be_worse_than_the_one_that_has_the_alias(vectors):
     assert promote("vectors", 1, "rival", not_worse=["auroc"], tracking_uri=uri).previous == 1
 
     assert promote("vectors", 2, "rival", not_worse=["frd"], tracking_uri=uri).gate == ("frd<=5 of version 1 (4)",)
+
+
+def test_comparison_with_nobody_needs_the_figure_and_is_told(vectors):
+    arguments = ("--alias", "first", "--not_worse", "auroc", "--tracking_uri", vectors["uri"])
+    for version, metric, message in (
+        (3, "auroc", r"not promoted to first: auroc is required, and the version has no figure auroc \(it has none\)$"),
+        (2, "dice:higher", r"not promoted to first: dice is required, and dice is nan$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            promote("vectors", version, "first", not_worse=[metric], tracking_uri=vectors["uri"])
+    assert "first" not in vectors["client"].get_registered_model("vectors").aliases
+
+    text = invoke("promote", "vectors", "2", "--require", "frd<=5", *arguments)
+
+    assert text == (
+        "models:/vectors@first is version 2, which no version had; passed frd<=5 (4); auroc: no version to compare "
+        "with\n"
+    )
+    gate = vectors["client"].get_model_version("vectors", "2").tags["gate_first"]
+    assert gate == "frd<=5 (4); auroc: no version to compare with (0.71)"
+    again = promote("vectors", 2, "first", not_worse=["frd"], tracking_uri=vectors["uri"])
+    assert (again.previous, again.gate, again.uncompared) == (2, (), ("frd",))
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,10 @@ class TrainingCheckpoint:
         resume: continue from ``folder`` if it holds a checkpoint.
         fingerprint: plain values that must agree between the checkpoint and the resumed training, such as the hash of
             the datalist.
-        resume_from: checkpoint of another training, whose state this one begins with unless it continues from
-            ``folder``. Components with ``disown`` are told that the files they remember are that training's.
+        resume_from: checkpoint of another training on the same data with the same settings (``fingerprint``), whose
+            state this one begins with and goes on from, unless it continues from ``folder``; or a function that finds
+            it, which is asked only then. Components with ``disown`` are told that the files they remember are that
+            training's.
     """
 
     def __init__(
@@ -87,13 +89,22 @@ class TrainingCheckpoint:
         interval: int = 1000,
         resume: bool = False,
         fingerprint: Mapping[str, str | int | float] | None = None,
-        resume_from: str | Path | None = None,
+        resume_from: str | Path | Callable[[], Path | None] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.interval = interval
         self.resume = resume
         self.fingerprint = dict(fingerprint or {})
+        if resume and any(path.is_file() for path in self.paths):
+            resume_from = None  # a resumed training needs no server that its beginning came from
+        elif callable(resume_from):
+            resume_from = resume_from()
         self.resume_from = None if resume_from is None else Path(resume_from)
+
+    @property
+    def paths(self) -> tuple[Path, Path]:
+        """The newest checkpoint, and the one before it."""
+        return self.folder / "last.pt", self.folder / "previous.pt"
 
     def attach(self, engine: GenerativeTrainer) -> None:
         """Register on a trainer."""
@@ -110,9 +121,12 @@ class TrainingCheckpoint:
                 stale.unlink(missing_ok=True)
         state = self.load() if self.resume else None
         if state is not None:
-            self._restore(engine, state, self.folder)
+            advice = "resume with what it was made with, or train anew into another --output_dir"
+            self._restore(engine, state, self.folder, advice)
+            if engine.state.epoch >= engine.state.max_epochs:
+                logger.info(f"this training is complete; to go on {engine.longer}")
         elif self.resume_from is not None:
-            self._restore(engine, _read_other(self.resume_from), self.resume_from)
+            self._continue(engine, self.resume_from)
             for part in engine.components.values():
                 if hasattr(part, "disown"):
                     part.disown()
@@ -126,17 +140,24 @@ class TrainingCheckpoint:
                 "folder that all of them see"
             )
 
-    def _restore(self, engine: GenerativeTrainer, state: Mapping[str, Any], source: Path) -> None:
+    def _continue(self, engine: GenerativeTrainer, source: Path) -> None:
+        advice = "--resume_from goes on with the same data and settings: give those, or leave it out"
+        self._restore(engine, _read_other(source), source, advice)
+        if engine.state.epoch >= engine.state.max_epochs:
+            raise UserError(
+                f"the training of {source} has seen {engine.images_seen} images, which leaves no step of this one, "
+                f"{engine.plan}; {engine.longer}"
+            )
+
+    def _restore(self, engine: GenerativeTrainer, state: Mapping[str, Any], source: Path, advice: str) -> None:
         for name, value in self.fingerprint.items():
             if state["fingerprint"].get(name) != value:
                 raise UserError(
                     f"the checkpoint {source} was made with {name} {state['fingerprint'].get(name)}, this run has "
-                    f"{value}; resume with what it was made with, or train anew into another --output_dir"
+                    f"{value}; {advice}"
                 )
         engine.load_training_state(state)
         logger.info(f"resumed from {source} at iteration {engine.state.iteration}, {engine.images_seen} images")
-        if engine.state.epoch >= engine.state.max_epochs:
-            logger.info(f"this training is complete; to go on {engine.longer}")
 
     def load(self) -> dict[str, Any] | None:
         """The newest readable state on the CPU, or None where there is none.
@@ -145,7 +166,7 @@ class TrainingCheckpoint:
             UserError: there are checkpoints, and none can be read.
         """
         problem = None
-        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+        for path in self.paths:
             if not path.is_file():
                 continue
             try:

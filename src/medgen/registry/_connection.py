@@ -6,17 +6,19 @@ import contextlib
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
 import mlflow
+from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from medgen.errors import UserError
+from medgen.tracking.sender import first_use
 from medgen.tracking.uri import database_of, resolve_uri
 
-__all__ = ["check_registry_uri", "connection", "experiment_id"]
+__all__ = ["already_exists", "check_registry_uri", "connection", "experiment_id"]
 
 # of the first question to a server: MLflow's own are 7 retries of 120 s each
 FIRST_ANSWER = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -55,15 +57,18 @@ def connection(tracking_uri: str | None, create: bool = False) -> Iterator[mlflo
         elif not database.is_file():
             # MLflow would make an empty database of a misspelt path
             raise UserError(f"no registry at {database}; register a bundle first, or correct --tracking_uri")
-    before = os.environ.get("MLFLOW_TRACKING_URI")
+    tracking, registry = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_REGISTRY_URI")
     mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)  # else MLFLOW_REGISTRY_URI would put the versions elsewhere than their runs
     try:
         yield _connect(uri)
     except (MlflowException, SQLAlchemyError) as error:
         raise UserError(f"the registry at {uri} refused: {_one_line(error)}; see `medgen registry list`") from error
     finally:
-        # MLflow keeps the variable in step with its own setting, so that it tells both
-        mlflow.set_tracking_uri(before)
+        # MLflow keeps the variables in step with its own settings, so that they tell both
+        mlflow.set_tracking_uri(tracking)
+        mlflow.set_registry_uri(None)
+        _set_environment({"MLFLOW_REGISTRY_URI": registry})
 
 
 def _connect(uri: str) -> mlflow.MlflowClient:
@@ -72,8 +77,9 @@ def _connect(uri: str) -> mlflow.MlflowClient:
     if urlsplit(uri).scheme in ("http", "https"):
         os.environ.update(FIRST_ANSWER)
     try:
-        client = mlflow.MlflowClient()
-        client.search_registered_models(max_results=1)
+        with first_use(uri):
+            client = mlflow.MlflowClient(uri, registry_uri=uri)
+            client.search_registered_models(max_results=1)
         return client
     except (MlflowException, SQLAlchemyError) as error:
         root: BaseException = error
@@ -81,8 +87,12 @@ def _connect(uri: str) -> mlflow.MlflowClient:
             root = cause
         raise UserError(f"no MLflow registry answers at {uri} ({_one_line(root)}); correct --tracking_uri") from error
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _one_line(error: BaseException) -> str:
@@ -93,10 +103,24 @@ def _one_line(error: BaseException) -> str:
 
 def experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     """The id of the experiment of that name, made if need be."""
-    if found := client.get_experiment_by_name(name):
-        if found.lifecycle_stage != "active":
-            raise UserError(f"the MLflow experiment {name} was deleted; restore it with `mlflow experiments restore`")
-        return found.experiment_id
+    found = client.get_experiment_by_name(name) or _make_experiment(client, name)
+    if found.lifecycle_stage != "active":
+        raise UserError(f"the MLflow experiment {name} was deleted; restore it with `mlflow experiments restore`")
+    return found.experiment_id
+
+
+def _make_experiment(client: mlflow.MlflowClient, name: str) -> Experiment:
     # beside a database MLflow would put artifacts into the current folder; MONAI's MLFlowHandler puts them here as well
     database = database_of(mlflow.get_tracking_uri())
-    return client.create_experiment(name, artifact_location=(database.parent / "mlruns").as_uri() if database else None)
+    location = (database.parent / "mlruns").as_uri() if database else None
+    try:
+        return client.get_experiment(client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        if not already_exists(error) or not (found := client.get_experiment_by_name(name)):
+            raise
+    return found
+
+
+def already_exists(error: MlflowException) -> bool:
+    """Whether another process was faster."""
+    return error.error_code == "RESOURCE_ALREADY_EXISTS"

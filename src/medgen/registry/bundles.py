@@ -15,6 +15,7 @@ from typing import Any
 import mlflow
 from mlflow.entities import LoggedModel, LoggedModelOutput, Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -22,7 +23,7 @@ from medgen import serving
 from medgen.bundle_zip import read_zip
 from medgen.data.image_set import file_sha256
 from medgen.errors import UserError
-from medgen.registry._connection import check_registry_uri, connection, experiment_id
+from medgen.registry._connection import already_exists, check_registry_uri, connection, experiment_id
 from medgen.registry.contents import (
     check_plain_weights,
     check_weights,
@@ -35,6 +36,9 @@ from medgen.registry.contents import (
 )
 from medgen.registry.names import check_alias, check_name, find_version
 from medgen.registry.pictures import save_pictures
+from medgen.registry.runs import log_figures, new_run
+from medgen.tracking.journal import FOLDER, RUN, read_records
+from medgen.tracking.sender import JOURNAL_TAG
 
 __all__ = ["fetch", "fetch_model", "pull", "register_bundle"]
 
@@ -112,13 +116,13 @@ def register_bundle(
         kept = saved / "artifacts" / "bundle"
         lineage = lineage_of(kept)
         tags = {
+            **lineage,  # first: what a file says of itself takes no other tag's place
             **about,
             "bundle_sha256": write_checksums(kept),
             "model_sha256": weights_sha256,
             "tensors_sha256": check_plain_weights(kept),
             "metrics": ",".join(figures),
             "requirements": ", ".join(requirements),
-            **lineage,
             "lineage": ",".join(lineage),
             "pictures": ",".join(save_pictures(kept, pictures, saved / "pictures")),
         }
@@ -126,13 +130,13 @@ def register_bundle(
             trained = _find_training(client, run_name, training) if run_name is not None else None
             of_training = {"training_run_id": trained.info.run_id} if trained else {}
             tags |= of_training
-            run_tags = {**notes, **about, **lineage, **of_training}
+            run_tags = {**notes, **lineage, **about, **of_training}
             experiment = experiment_id(client, root.name)
             if trained and trained.info.experiment_id == experiment:
                 run_tags[MLFLOW_PARENT_RUN_ID] = trained.info.run_id
-            with mlflow.start_run(experiment_id=experiment, run_name=name, tags=run_tags) as run:
+            with new_run(client, experiment, name, run_tags) as run:
                 logged, tags["served_sha256"] = _upload_model(client, saved, model, name, run)
-                mlflow.log_metrics(figures, model_id=logged.model_id)
+                log_figures(client, run, figures, logged.model_id)
             version = _create_version(
                 client,
                 name,
@@ -266,6 +270,11 @@ def _read_metrics(path: str | Path | None) -> tuple[dict[str, float], dict[str, 
                 f"{path} must be one flat object with names of letters, digits and _, got {type(value).__name__} at "
                 f"{key!r}; register the metrics.json that evaluate.json writes"
             )
+        if key.startswith(("mlflow.", "medgen.")):
+            raise UserError(
+                f"{path} must hold figures, got {key}, a name for what a run is; register the metrics.json that "
+                "evaluate.json writes"
+            )
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             figures[key] = float(value)
         else:
@@ -296,19 +305,39 @@ def _check_of_training(training: Path, weights: str | Path | None, sha256: str) 
         )
 
 
-def _find_training(client: mlflow.MlflowClient, run_name: str, training: str | Path | None) -> Run:
+def _find_training(client: mlflow.MlflowClient, run_name: str, training: str | Path) -> Run:
+    """The run that holds a training's journal; where it kept none, the one run of its name."""
+    journal = _journal_id(Path(training), run_name)
+    which = f"tags.`{JOURNAL_TAG}` = '{journal}'" if journal else f"attributes.run_name = '{run_name}'"
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"attributes.run_name = '{run_name}'", max_results=1)
+    found = client.search_runs(experiments, which, max_results=2)
     if not found:
         raise UserError(
             f"the registry knows no run {run_name} of the training in {training}; send it with `medgen tracking send "
             f"{training} --tracking_uri URI`, or leave --training out"
         )
+    if len(found) > 1:
+        raise UserError(
+            f"the registry must know one run {run_name} of the training in {training}, got several of that name; "
+            "rename or delete the others, or leave --training out"
+        )
     return found[0]
 
 
+def _journal_id(training: Path, run_name: str) -> str | None:
+    """Id of the newest journal of a run in a training's output folder; None for none."""
+    firsts = [next(read_records(path), None) for path in (training / FOLDER).glob("*.jsonl")]
+    headers = [first[0] for first in firsts if first and first[0]["kind"] == RUN and first[0].get("name") == run_name]
+    if not headers:
+        return None
+    found = max(headers, key=lambda header: header["time"]).get("id")
+    if not isinstance(found, str) or not found.isalnum():  # it becomes part of a filter of MLflow's
+        raise UserError(f"a journal in {training / FOLDER} has no id of {run_name}; leave --training out")
+    return found
+
+
 def _upload_model(
-    client: mlflow.MlflowClient, folder: Path, model: Model, name: str, run: mlflow.ActiveRun
+    client: mlflow.MlflowClient, folder: Path, model: Model, name: str, run: Run
 ) -> tuple[LoggedModel, str]:
     """What ``mlflow.pyfunc.log_model`` does, for a model that has been saved already; with the digest of its files."""
     logged = client.create_logged_model(run.info.experiment_id, name, source_run_id=run.info.run_id)
@@ -349,10 +378,16 @@ def _create_version(client: mlflow.MlflowClient, name: str, **version: Any) -> M
     """Create a model version and, where there is none of that name, the registered model; or neither."""
     created = not client.search_registered_models(filter_string=f"name = '{name}'")
     if created:
-        client.create_registered_model(name)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if not already_exists(error):
+                raise
+            created = False
     try:
         return client.create_model_version(name, **version)
     except BaseException:
-        if created:
+        # in the meantime another process may have given the model a version
+        if created and not client.search_model_versions(f"name = '{name}'"):
             client.delete_registered_model(name)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,14 @@ __all__ = [
 CHECKSUMS = "checksums.json"
 REQUIRED_FILES = ("LICENSE", "configs/metadata.json", "configs/inference.json", "models/model.pt")
 TORCH_FILES = (".pt", ".pth", ".ckpt")
+
+# what trainings read, see :class:`medgen.lineage.Source`; weights that one began with were of its own model
+_LINEAGE = re.compile(
+    r"(autoencoder|text_encoder|(transfer_)?generator|(transfer_)?discriminator|encoder|initial_weights)(_sha256|_model)?"
+    r"|model_model"
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MODEL_URI = re.compile(r"models:/[^/@:\s]+(@[^/@:\s]+|/[0-9]+)")
 
 
 def read_json(path: Path, shown: Path | None = None) -> dict[str, Any]:
@@ -148,22 +157,21 @@ def lineage_of(bundle: Path) -> dict[str, str]:
     """What a model was made from, as its training recorded it beside the weights.
 
     Returns:
-        ``autoencoder_sha256`` and the like: checksums, and where it has them URIs of registered models.
+        ``autoencoder_sha256`` and the like: checksums, and where it has them URIs of registered models. Of the kinds
+        that trainings record alone: the file is whoever's made the bundle, and these become tags.
     """
     path = bundle / "models" / "trained_as.json"
     if not path.is_file():
         return {}
     found = {}
     for key, value in read_json(path, Path("models/trained_as.json")).items():
-        if isinstance(value, str) and _is_sha256(value):
+        if not _LINEAGE.fullmatch(key) or not isinstance(value, str):
+            continue
+        if _SHA256.fullmatch(value):
             found[key if key.endswith("_sha256") else f"{key}_sha256"] = value
-        elif isinstance(value, str) and value.startswith("models:/"):
+        elif _MODEL_URI.fullmatch(value):
             found[key] = value
     return found
-
-
-def _is_sha256(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def check_weights(staged: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlflow
+from mlflow.entities import Metric, Run
+from mlflow.tracking.context.registry import resolve_tags
 
 from medgen.registry._connection import connection, experiment_id
 
-__all__ = ["log_run"]
+__all__ = ["log_figures", "log_run", "new_run"]
 
 
 def log_run(
@@ -35,9 +39,38 @@ def log_run(
     tags = {key: value for key, value in figures.items() if isinstance(value, str)}
     with (
         connection(tracking_uri, create=True) as client,
-        mlflow.start_run(experiment_id=experiment_id(client, experiment), run_name=name, tags=tags) as run,
+        new_run(client, experiment_id(client, experiment), name, tags) as run,
     ):
-        mlflow.log_metrics(numbers)
+        log_figures(client, run, numbers)
         for file in files:
-            mlflow.log_artifact(str(file))
+            client.log_artifact(run.info.run_id, str(file))
     return run.info.run_id
+
+
+@contextlib.contextmanager
+def new_run(client: mlflow.MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Iterator[Run]:
+    """A run of its own, closed at the end of the block.
+
+    ``mlflow.start_run`` would take the run that ``MLFLOW_RUN_ID`` or a notebook has open for it.
+
+    Args:
+        client: of the registry.
+        experiment: id of the experiment.
+        name: of the run.
+        tags: beside MLflow's own, which tell the user and the program.
+    """
+    run = client.create_run(experiment, tags=resolve_tags(dict(tags)), run_name=name)
+    try:
+        yield run
+    except BaseException:
+        client.set_terminated(run.info.run_id, "FAILED")
+        raise
+    client.set_terminated(run.info.run_id)
+
+
+def log_figures(
+    client: mlflow.MlflowClient, run: Run, figures: Mapping[str, float], model_id: str | None = None
+) -> None:
+    """Figures as metrics of a run, and of a LoggedModel."""
+    now = int(time.time() * 1000)
+    client.log_batch(run.info.run_id, [Metric(key, value, now, 0, model_id) for key, value in figures.items()])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import mlflow
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -130,6 +131,7 @@ class Promotion:
         alias: the alias.
         previous: version that it pointed at before; None for none.
         gate: the requirements, each with the figure that met it.
+        uncompared: metrics in which it was to be not worse, while no other version had the alias.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Promotion:
     alias: str
     previous: int | None
     gate: tuple[str, ...]
+    uncompared: tuple[str, ...] = ()
 
 
 def list_models(tracking_uri: str | None = None) -> list[RegisteredBundle]:
@@ -197,7 +200,8 @@ def promote(
         require: such as ``auroc>=0.8``; ``>=``, ``<=``, ``>``, ``<`` and ``==``. A figure that the version lacks, or
             that is not finite, does not meet it.
         not_worse: metrics in which it must not be worse than the version that has the alias now, such as
-            ``auroc:higher`` or ``frd:lower``: which way is better may be left out where it is known.
+            ``auroc:higher`` or ``frd:lower``: which way is better may be left out where it is known. Where no other
+            version has the alias, it must have that figure all the same, and the tags say that nothing was compared.
         tracking_uri: ``sqlite:////path/mlflow.db`` or the address of a server; default: MLFLOW_TRACKING_URI.
 
     Returns:
@@ -214,7 +218,8 @@ def promote(
         metrics = _run_metrics(client, found.run_id)
         held = client.get_registered_model(name).aliases.get(alias)
         previous = int(held) if held is not None else None
-        if previous not in (None, version):
+        uncompared = tuple(metric for metric, _ in rivals) if previous in (None, version) else ()
+        if not uncompared and rivals:
             theirs = _run_metrics(client, client.get_model_version(name, str(previous)).run_id)
             for metric, direction in rivals:
                 if not math.isfinite(theirs.get(metric, math.nan)):
@@ -224,14 +229,17 @@ def promote(
                     )
                 sign = ">=" if direction == "higher" else "<="
                 limits.append(_Limit(metric, sign, theirs[metric], f" of version {previous}"))
-        if short := [text for limit in limits if (text := _shortfall(metrics, limit))]:
+        short = [_shortfall(metrics, limit) for limit in limits]
+        short += [_absence(metrics, metric, f"{metric} is required") for metric in uncompared]
+        if short := list(filter(None, short)):
             raise UserError(f"models:/{name}/{version} was not promoted to {alias}: {'; '.join(short)}")
         gate = tuple(f"{limit} ({metrics[limit.metric]:.6g})" for limit in limits)
         now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         client.set_model_version_tag(name, str(version), f"promoted_{alias}", now)
-        client.set_model_version_tag(name, str(version), f"gate_{alias}", "; ".join(gate) or "none")
+        told = (*gate, *(f"{metric}: no version to compare with ({metrics[metric]:.6g})" for metric in uncompared))
+        client.set_model_version_tag(name, str(version), f"gate_{alias}", "; ".join(told) or "none")
         client.set_registered_model_alias(name, alias, str(version))
-    return Promotion(name, version, alias, previous, gate)
+    return Promotion(name, version, alias, previous, gate, uncompared)
 
 
 def describe(client: mlflow.MlflowClient, version: ModelVersion) -> VersionDetails:
@@ -240,10 +248,12 @@ def describe(client: mlflow.MlflowClient, version: ModelVersion) -> VersionDetai
     tags = version.tags
     lineage = {key: tags[key] for key in _split(tags.get("lineage")) if key in tags}
     signature = mlflow.models.get_model_info(f"models:/{version.name}/{version.version}").signature
-    run = client.get_run(version.run_id)
+    run = _run(client, version.run_id)
     return VersionDetails(
         **vars(summary),
-        notes={k: v for k, v in run.data.tags.items() if not k.startswith("mlflow.") and k not in tags},
+        notes={
+            k: v for k, v in (run.data.tags if run else {}).items() if not k.startswith("mlflow.") and k not in tags
+        },
         model_sha256=tags.get("model_sha256", ""),
         bundle_sha256=tags["bundle_sha256"],
         lineage=lineage,
@@ -280,10 +290,15 @@ def _summary(client: mlflow.MlflowClient, found: ModelVersion, aliases: Mapping[
 
 
 def _run_metrics(client: mlflow.MlflowClient, run_id: str | None) -> dict[str, float]:
+    run = _run(client, run_id)
+    return dict(run.data.metrics) if run else {}
+
+
+def _run(client: mlflow.MlflowClient, run_id: str | None) -> Run | None:
     try:
-        return dict(client.get_run(run_id).data.metrics) if run_id else {}
+        return client.get_run(run_id) if run_id else None
     except MlflowException:
-        return {}  # the run was deleted for good; its model was not
+        return None  # the run was deleted for good; its model was not
 
 
 def _training(client: mlflow.MlflowClient, run_id: str) -> TrainingRun:
@@ -352,12 +367,18 @@ def _rival(text: str) -> tuple[str, str]:
 
 def _shortfall(metrics: Mapping[str, float], limit: _Limit) -> str:
     """Why a figure does not meet a requirement; "" if it does."""
-    value = metrics.get(limit.metric)
-    if value is None:
-        known = ", ".join(list(metrics)[:6]) or "none"
-        return f"{limit} is required, and the version has no figure {limit.metric} (it has {known})"
-    if not math.isfinite(value):
-        return f"{limit} is required, and {limit.metric} is {value}"
+    if absence := _absence(metrics, limit.metric, f"{limit} is required"):
+        return absence
+    value = metrics[limit.metric]
     if _COMPARISONS[limit.sign](value, limit.value):
         return ""
     return f"{limit.metric} is {value:.6g}, {abs(value - limit.value):.3g} off the required {limit}"
+
+
+def _absence(metrics: Mapping[str, float], metric: str, why: str) -> str:
+    """Why a figure is none to compare; "" if it is one."""
+    value = metrics.get(metric)
+    if value is None:
+        known = ", ".join(list(metrics)[:6]) or "none"
+        return f"{why}, and the version has no figure {metric} (it has {known})"
+    return "" if math.isfinite(value) else f"{why}, and {metric} is {value}"
