@@ -19,9 +19,7 @@ cd "$bundle"
 run=(--output_dir "$OUT/demo_training" --model_path "$OUT/demo_training/model.pt" --tracking configs/tracking.json)
 show "$PYTHON" -m monai.bundle run --config_file "['configs/train.json','configs/demo.json']" "${data[@]}" "${run[@]}"
 show "$PYTHON" -m monai.bundle run --config_file "['configs/evaluate.json','configs/demo.json']" "${data[@]}" "${run[@]}"
-show "$PYTHON" -m medgen registry register . --name cxr_autoencoder_kl_demo --alias demo \
-    --weights "$OUT/demo_training/model.pt" --metrics "$OUT/demo_training/metrics.json" --overlay configs/demo.json \
-    --tracking_uri "sqlite:///$OUT/demo_training/mlflow.db"
+register cxr_autoencoder_kl_demo "$OUT/demo_training" "$OUT/demo_training/metrics.json" "psnr>=18" configs/demo.json
 
 cat <<TEXT
 
@@ -32,4 +30,6 @@ The demo is done. Its small network has seen each image sixty times: blurred is 
   data:                                                    $DATALIST
   curves, pictures and the registered model in MLflow:
     $PYTHON -m mlflow ui --backend-store-uri sqlite:///$OUT/demo_training/mlflow.db
+  a server that answers with the model, as docs/README.md says:
+    $SERVE
 TEXT

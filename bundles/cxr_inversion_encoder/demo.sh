@@ -55,9 +55,7 @@ show "${run[@]}" "['configs/stylise.json','configs/demo.json']" "${generator[@]}
     --embedding "$out/optimised/embedding" --images 0,1 --output_dir "$out/between"
 show "${run[@]}" "['configs/stylise.json','configs/demo.json']" "${generator[@]}" --mode around \
     --embedding "$out/optimised/embedding" --images 0 --seeds 0-15 --output_dir "$out/around"
-show "$PYTHON" -m medgen registry register . --name cxr_inversion_encoder_demo --alias demo \
-    --weights "$out/training/model.pt" --metrics "$out/evaluation/metrics.json" --overlay configs/demo.json \
-    --tracking_uri "sqlite:///$out/training/mlflow.db"
+register cxr_inversion_encoder_demo "$out/training" "$out/evaluation/metrics.json" "psnr>=18" configs/demo.json
 
 cat <<TEXT
 
@@ -74,4 +72,6 @@ thoraces are what to expect. Look at
   samples around a patient:                                  $out/around/images/around.png
   curves, pictures and the registered model in MLflow:
     $PYTHON -m mlflow ui --backend-store-uri sqlite:///$out/training/mlflow.db
+  a server that answers with the model, as docs/README.md says:
+    $SERVE
 TEXT

@@ -23,13 +23,16 @@ data=(--datalist "$DATALIST")
 if [ -n "${DATASET_DIR:-}" ]; then data+=(--dataset_dir "$(absolute "$DATASET_DIR")"); fi
 # images without reports: a model without text
 configs="'configs/demo.json'"
+overlays=(configs/demo.json)
 text=() prompts=()
 if grep -qE '"(sentences|text)": *(\[ *)?"[^"]' "$DATALIST"; then
     show "$PYTHON" -m medgen phantom clip "$out/clip" --width 32
     text=(--text_encoder "$out/clip")
+    export MEDGEN_TEXT_ENCODER=$out/clip # for a server, whose model comes without it
     prompts=(--prompts "['No acute cardiopulmonary process.','Large right pleural effusion.']")
 else
     configs="$configs,'configs/unconditional.json'"
+    overlays+=(configs/unconditional.json)
 fi
 
 train=("$PYTHON" -m monai.bundle run --config_file)
@@ -50,6 +53,8 @@ show "${train[@]}" "['configs/evaluate.json',$configs]" "${data[@]}" --samples_d
 report=("$PYTHON" -m medgen report "$out/generated/datalist.json" "$DATALIST" --output_dir "$out/report")
 if [ -n "${DATASET_DIR:-}" ]; then report+=("${data[@]:2}"); fi
 show "${report[@]}"
+register cxr_latent_diffusion_demo "$out/training" "$out/evaluation/metrics.json" "frd<=15" "${overlays[@]}"
+if [ -n "${MEDGEN_TEXT_ENCODER:-}" ]; then SERVE="MEDGEN_TEXT_ENCODER=$MEDGEN_TEXT_ENCODER $SERVE"; fi
 
 cat <<TEXT
 
@@ -61,6 +66,8 @@ to expect, and text that changes little. Look at
   data, and beside it rejected.csv:                 $DATALIST
   figures with a real-against-real baseline:        $out/evaluation/metrics.json
   the report:                                       $out/report/report.html
-  curves and pictures in MLflow:
+  curves, pictures and the registered model in MLflow:
     $PYTHON -m mlflow ui --backend-store-uri sqlite:///$out/training/mlflow.db
+  a server that answers with the model, as docs/README.md says:
+    $SERVE
 TEXT

@@ -10,12 +10,12 @@ run=("$PYTHON" -m monai.bundle run --config_file)
 
 if [ -z "${DATALIST:-}" ]; then
     # a U-Net that finds the lungs, trained on phantoms whose lungs are known
-    show "$PYTHON" -m medgen phantom chestxray14 "$OUT/lung_phantoms" --patients 60 --size 128 --seed 2 --force
-    show "$PYTHON" -m preprocessing.chestxray14 --source "$OUT/lung_phantoms" --target "$OUT/lungs" --size 64
-    show "$PYTHON" -m preprocessing.masks --target "$OUT/lungs" --masks "$OUT/lung_phantoms/masks" --postfix _lung \
+    show "$PYTHON" -m medgen phantom chestxray14 "$OUT/crop_phantoms" --patients 60 --size 128 --seed 2 --force
+    show "$PYTHON" -m preprocessing.chestxray14 --source "$OUT/crop_phantoms" --target "$OUT/crop_lungs" --size 64
+    show "$PYTHON" -m preprocessing.masks --target "$OUT/crop_lungs" --masks "$OUT/crop_phantoms/masks" --postfix _lung \
         || [ $? = 3 ] # masks of the findings have no image of that name
     cd "$bundle/../lung_segmentation"
-    show "${run[@]}" "['configs/train.json','configs/demo.json']" --datalist "$OUT/lungs/datalist_masks.json" \
+    show "${run[@]}" "['configs/train.json','configs/demo.json']" --datalist "$OUT/crop_lungs/datalist_masks.json" \
         --output_dir "$out/lungs" --model_path "$out/lungs/model.pt"
     cd ../..
     # the challenge's layout: DICOM, two tables, and which images are of one patient
@@ -43,9 +43,7 @@ show "${run[@]}" "['configs/interpolate.json','configs/demo.json']" --model_path
     --frames 40 --output_dir "$out/film"
 show "${run[@]}" "['configs/evaluate.json','configs/demo.json']" "${data[@]}" --model_path "$out/training/model.pt" \
     --output_dir "$out/evaluation" --tracking configs/tracking.json
-show "$PYTHON" -m medgen registry register . --name cxr_pggan_demo --alias demo \
-    --weights "$out/training/model.pt" --metrics "$out/evaluation/metrics.json" --overlay configs/demo.json \
-    --tracking_uri "sqlite:///$out/training/mlflow.db"
+register cxr_pggan_demo "$out/training" "$out/evaluation/metrics.json" "swd<=150" configs/demo.json
 
 cat <<TEXT
 
@@ -60,4 +58,6 @@ pixels are what to expect. Look at
   figures with a real-against-real baseline:        $out/evaluation/metrics.json
   curves, pictures and the registered model in MLflow:
     $PYTHON -m mlflow ui --backend-store-uri sqlite:///$out/training/mlflow.db
+  a server that answers with the model, as docs/README.md says:
+    $SERVE
 TEXT

@@ -23,9 +23,7 @@ show "$PYTHON" -m monai.bundle run --config_file "['configs/train.json','configs
 show "$PYTHON" -m monai.bundle run --config_file "['configs/evaluate.json','configs/demo.json']" "${data[@]}" "${run[@]}" "${track[@]}"
 show "$PYTHON" -m monai.bundle run --config_file "['configs/inference.json','configs/demo.json']" "${data[@]}" \
     --output_dir "$OUT/demo_lungs/segmented" --model_path "$OUT/demo_lungs/model.pt" --mc_passes 10
-show "$PYTHON" -m medgen registry register . --name lung_segmentation_demo --alias demo \
-    --weights "$OUT/demo_lungs/model.pt" --metrics "$OUT/demo_lungs/metrics.json" --overlay configs/demo.json \
-    --tracking_uri "sqlite:///$OUT/demo_lungs/mlflow.db"
+register lung_segmentation_demo "$OUT/demo_lungs" "$OUT/demo_lungs/metrics.json" "dice>=0.8" configs/demo.json
 
 cat <<TEXT
 
@@ -36,4 +34,6 @@ The demo is done. Look at
   masks, outlines with boxes, uncertainty:        $OUT/demo_lungs/segmented
   curves, pictures and the registered model in MLflow:
     $PYTHON -m mlflow ui --backend-store-uri sqlite:///$OUT/demo_lungs/mlflow.db
+  a server that answers with the model, as docs/README.md says:
+    $SERVE
 TEXT

@@ -25,9 +25,7 @@ show "$PYTHON" -m monai.bundle run --config_file "['configs/generate.json','conf
     --output_dir "$OUT/demo_detector/generated" --model_path "$OUT/demo_detector/model.pt"
 show "$PYTHON" -m monai.bundle run --config_file "['configs/evaluate.json','configs/demo.json']" \
     --datalist "$OUT/demo_corrupted/datalist.json" "${run[@]}" "${track[@]}"
-show "$PYTHON" -m medgen registry register . --name stylegan2_anomaly_demo --alias demo \
-    --weights "$OUT/demo_detector/model.pt" --metrics "$OUT/demo_detector/metrics.json" --overlay configs/demo.json \
-    --tracking_uri "sqlite:///$OUT/demo_detector/mlflow.db"
+register stylegan2_anomaly_demo "$OUT/demo_detector" "$OUT/demo_detector/metrics.json" "auroc_mse_patch>=0.6" configs/demo.json
 
 cat <<TEXT
 
@@ -41,4 +39,6 @@ what to expect, and a detector that finds the white discs but little else. Look 
   AUROC with intervals, localisation rate:     $OUT/demo_detector/metrics.json
   curves, pictures and the registered model in MLflow:
     $PYTHON -m mlflow ui --backend-store-uri sqlite:///$OUT/demo_detector/mlflow.db
+  a server that answers with the model, as docs/README.md says:
+    $SERVE
 TEXT
