@@ -59,6 +59,7 @@ def lifecycle(datalist, empty_database, tmp_path_factory) -> Iterator[Lifecycle]
     with mlflow_server(folder, empty_database) as server:
         uri = server.uri
         common = {"datalist": datalist, "tracking": "configs/tracking.json", "tracking_uri": uri, "log_interval": 1}
+        common["tracking_timeout"] = 240  # for weights and pictures of all three, on a machine with other work
         train = ["configs/train.json", "configs/demo.json"]
         growth = {"images": [8, 12, 12, 8], "fade_images": [0, 4, 8, 4], "tick_images": 8, "val_interval": 2}
         growth |= {"batch_sizes": [2, 2, 2, 2], "max_images": 40}
