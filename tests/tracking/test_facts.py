@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,58 @@ def test_settings_are_those_of_the_run_not_the_texts_of_the_config():
     assert found == {"batch_size": 4, "lr": 0.4, "device": "cpu", "channels": [8, 16], "never_asked_for": 7}
 
 
+PATIENT, REPORT = "DOE_JANE_19510203", "Pneumothorax of Jane Doe"
+BUNDLES = Path(__file__).parents[2] / "bundles"
+CONFIGS = sorted(
+    p for p in BUNDLES.glob("*/configs/*.json") if "initialize" in (c := json.loads(p.read_text())) or "items" in c
+)
+LOADERS = re.compile(
+    r"\b(load_\w+|items_from_folder|readable_items|with_masks|Embedding\.read|records\.|@(samples|table)\b)"
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_no_config_makes_settings_of_patients_and_reports(path):
+    config = json.loads(path.read_text())
+    texts = {name: json.dumps(value) for name, value in config.items()}
+    loaded = {name for name, text in texts.items() if LOADERS.search(text) and not text.startswith('"$@network')}
+    derived = set(loaded)
+    while more := {n for n, t in texts.items() if derived & set(re.findall(r"@(\w+)", t))} - derived:
+        derived |= more
+    worst = [[{"image": f"{PATIENT}.png", "patient": PATIENT, "text": REPORT}], [REPORT], {"text": REPORT}, (PATIENT,)]
+    for data in worst:
+        # the loaded as they are, and of what is made of them one text each
+        resolved = {**config, **dict.fromkeys(derived, f"{PATIENT}: {REPORT}"), **dict.fromkeys(loaded, data)}
+        settings = json.dumps(facts.plain_settings(resolved, config))
+        assert PATIENT not in settings
+        assert REPORT not in settings
+
+
+def test_texts_and_lists_that_a_config_computes_are_no_settings_unless_they_are_made_of_settings():
+    config = {
+        "root": "/data",
+        "path": "$@root + '/a'",
+        "deeper": "$@path + '/b'",
+        "sizes": "$[4, 8]",
+        "many": "$list(range(100))",
+        "items": "$load(@path)",
+        "first": "$@items[0]['text']",
+        "second": "$@first.upper()",
+        "count": "$len(@items)",
+        "mixed": {"n": "@items"},
+    }
+    resolved = {
+        **config,
+        **{"path": "/data/a", "deeper": "/data/a/b", "sizes": [4, 8], "many": list(range(100)), "count": 1},
+        **{"items": [{"text": REPORT}], "first": REPORT, "second": REPORT.upper(), "mixed": {"n": [{"text": REPORT}]}},
+    }
+    kept = {"root": "/data", "path": "/data/a", "deeper": "/data/a/b", "sizes": [4, 8], "count": 1}
+    assert facts.plain_settings(resolved, config) == kept
+    assert facts.plain_settings(resolved, {}) == {"sizes": [4, 8], "count": 1}  # nobody knows of what a text is made
+
+
 def test_names_that_mlflow_refuses_are_made_into_ones_that_it_takes():
-    for name in ("dice (mean)", "a:b#c", "µ", "x" * 300, "train/loss"):
+    for name in ("dice (mean)", "a:b#c", "µ", "x" * 300, "train/loss", "x//y", "../m", "/abs", "a/./b/", "..", ""):
         _validate_metric_name(facts.name_of(name))
         assert len(facts.name_of(name)) <= 250
 

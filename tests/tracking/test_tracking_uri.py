@@ -18,6 +18,15 @@ from medgen.tracking import Tracker, default_uri, resolve_uri
         "postgresql://ann:secret@host/db",
         "postgresql://host/db?user=ann&password=secret",
         "https://host/?token=secret",
+        "postgresql://ann:se/cret@host/db".replace("se/cret", "x/secret"),
+        "mysql+pymysql://ann:p?secret#x@host/db",
+        "http://ann:a/secret@host",
+        "postgresql://host/db?sslpassword=secret",
+        "http://host/?api_key=secret",
+        "https://host/#access_token=secret",
+        "https://host/?pass%77ord=secret",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Dsecret",
+        "sqlite:///x.db?password=secret",
     ],
 )
 def test_a_password_is_refused_in_one_line_that_does_not_repeat_it(uri):
@@ -34,7 +43,16 @@ def test_a_folder_is_refused_and_a_database_proposed(uri):
         resolve_uri(uri)
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite:////home/a@b/x.db", "databricks", "databricks://me"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:5000",
+        "sqlite:////home/a@b/x.db",
+        "databricks",
+        "databricks://me",
+        "postgresql://host/db?sslmode=require",
+    ],
+)
 def test_servers_and_databases_are_taken_as_they_are(uri):
     assert resolve_uri(uri) == uri
 

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "handlers": ["EvaluationTracking", "TrainingTracking", "ValidationTracking"],
         "journal": ["Journal"],
-        "sender": ["Sender", "folder_status", "send_folder"],
+        "sender": ["Sender", "first_use", "folder_status", "send_folder"],
         "tracker": ["Tracker"],
         "uri": ["database_of", "default_uri", "local_uri", "resolve_uri"],
     },

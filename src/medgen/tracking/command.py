@@ -44,7 +44,8 @@ def status(folder: Folder, tracking_uri: TrackingURI = None) -> None:
 
 def _print(runs: list[JournalStatus]) -> None:
     for run in runs:
-        where = "all sent" if not run.waiting else f"{run.waiting} lines wait"
+        things = "files" if run.waiting == run.waiting_files else "lines"
+        where = "all sent" if not run.waiting else f"{run.waiting} {things} wait"
         where += ", a process is sending" if run.active else ""
         run_id = f" run {run.run_id}" if run.run_id else ""
         typer.echo(f"{run.name}: {run.status}, {run.points} points of curves, {where} -> {run.uri}{run_id}")

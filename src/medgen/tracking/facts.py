@@ -34,12 +34,16 @@ LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG = 250, 6000, 8000  # characters that ML
 OWN = ("imports", "initialize", "run", "finalize", "handlers_id")  # of MONAI's machinery, no settings
 TRACKING = ("save_execute_config", "executed_config", "is_not_rank0", "tracked_files", "tracker")
 
+LONGEST_LIST = 32  # numbers that are a setting, such as one for each resolution; more are data
+
+_REFERENCE = re.compile(r"@(\w+)")  # the top-level id of @id, @id::part and @id#part
 _FORBIDDEN = re.compile(r"[^\w\-. /]")  # in names of parameters and metrics
 
 
 def name_of(text: str) -> str:
     """A name that MLflow takes for a parameter, a metric or a picture."""
-    return _FORBIDDEN.sub("_", text)[:LONGEST_NAME]
+    parts = _FORBIDDEN.sub("_", text)[:LONGEST_NAME].split("/")
+    return "/".join(part for part in parts if part not in ("", ".", "..")) or "_"
 
 
 def short(text: str, longest: int) -> str:
@@ -50,19 +54,37 @@ def short(text: str, longest: int) -> str:
 def plain_settings(resolved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings at the head of a config, as a run has them.
 
+    Data are none: what a config computes may be the names of patients, the paths of their images and the reports on
+    them. Of that there are only numbers, a few in a list at most, and texts that are computed from settings alone, such
+    as a path below another.
+
     Args:
         resolved: MONAI's resolved content, id -> value; its top-level ids have no ``::``.
-        config: the executed config, for those that nothing has asked for, and so nothing has resolved.
+        config: the executed config: what is written there is a setting as it stands, be it resolved or not.
 
     Returns:
-        Numbers, texts, switches, None, and lists and dictionaries of them; what was built from the config is left out.
+        Numbers, texts, switches, None, and lists and dictionaries of them.
     """
-    unresolved = {name: value for name, value in config.items() if name not in resolved and _is_literal(value)}
-    found = {**{name: value for name, value in resolved.items() if "::" not in name}, **unresolved}
+    found: dict[str, bool] = {}
+
+    def is_setting(name: str) -> bool:
+        if name not in found:
+            found[name] = False  # for one that refers to itself
+            text, value = config.get(name), resolved.get(name)
+            if name in config and _is_literal(text):
+                found[name] = True
+            elif name in resolved:
+                references = _REFERENCE.findall(json.dumps(text)) if name in config else None
+                found[name] = _is_numeric(value) or (
+                    isinstance(value, str | Path) and references is not None and all(map(is_setting, references))
+                )
+        return found[name]
+
+    names = dict.fromkeys([*(name for name in resolved if "::" not in name), *config])
     return {
-        name: _plain(value)
-        for name, value in found.items()
-        if name not in (*OWN, *TRACKING) and not name.startswith("_") and _is_plain(value)
+        name: _plain(resolved.get(name, config.get(name)))
+        for name in names
+        if name not in (*OWN, *TRACKING) and not name.startswith("_") and is_setting(name)
     }
 
 
@@ -162,16 +184,19 @@ def overrides_of(settings: Mapping[str, Any]) -> str:
 
 
 def _is_literal(value: Any) -> bool:
-    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return _is_plain(value) and not any(isinstance(text, str) and text[:1] in ("$", "@", "%") for text in texts)
-
-
-def _is_plain(value: Any) -> bool:
+    """Whether a text of a config is itself what it stands for."""
     if isinstance(value, Mapping):
-        return all(isinstance(name, str) and name != "_target_" and _is_plain(entry) for name, entry in value.items())
+        return "_target_" not in value and all(_is_literal(entry) for entry in value.values())
+    if isinstance(value, list):
+        return all(_is_literal(entry) for entry in value)
+    return not (isinstance(value, str) and value[:1] in ("$", "@", "%"))
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether a value can name nobody."""
     if isinstance(value, list | tuple):
-        return all(_is_plain(entry) for entry in value)
-    return value is None or isinstance(value, str | int | float | Path) or type(value).__name__ == "device"
+        return len(value) <= LONGEST_LIST and all(isinstance(e, int | float) or e is None for e in value)
+    return value is None or isinstance(value, int | float) or type(value).__name__ == "device"
 
 
 def _plain(value: Any) -> Any:

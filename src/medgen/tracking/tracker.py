@@ -21,7 +21,7 @@ from medgen.data.image_set import file_sha256
 from medgen.output import plain_json
 from medgen.settings import check_between, flag
 from medgen.tracking import facts
-from medgen.tracking.journal import DATASET, FILE, MODEL, PARAMS, PICTURE, STATUS, TAGS, TEXT, Journal
+from medgen.tracking.journal import DATASET, FILE, MODEL, PARAMS, STATUS, TAGS, TEXT, Journal
 from medgen.tracking.sender import BackgroundSender, Sender
 from medgen.tracking.uri import default_uri, local_uri, resolve_uri
 
@@ -67,7 +67,7 @@ class Tracker:
         self.output_dir = Path(output_dir)
         self.experiment_name, self.run_name = experiment_name, str(run_name)
         uri = resolve_uri(tracking_uri or default_uri(output_dir))
-        # a database in the folder goes with it, should that be moved before all is sent
+        # found beside the journal, wherever that is by the time that it is sent
         self.tracking_uri = None if uri == local_uri(output_dir) else uri
         check_between(0, 86400, tracking_timeout=timeout)
         self.resolved = {} if settings is None else settings
@@ -91,6 +91,8 @@ class Tracker:
     def start(self, device: Any) -> None:
         """Open the run and say what it is; does nothing on a run that is open.
 
+        Where the journal cannot be written that is said, and nothing is tracked.
+
         Args:
             device: that the run computes on.
         """
@@ -100,9 +102,17 @@ class Tracker:
         key = self.output_dir.absolute() / self.run_name
         if key in _OPEN:  # an interrupted training that is run again in the same process
             _OPEN[key].close(self.timeout)
-        self._journal = Journal(self.output_dir, self.run_name, self.experiment_name, self.tracking_uri, resume)
+        try:
+            journal = Journal(self.output_dir, self.run_name, self.experiment_name, self.tracking_uri, resume)
+            if not journal.header:  # a full disk, which it has said
+                journal.close()
+                return
+            self._sender = BackgroundSender(Sender(journal.path, self.tracking_uri))
+        except OSError as error:
+            logger.warning(f"tracking: no journal in {self.output_dir} ({error.strerror}): the run is not tracked")
+            return
+        self._journal = journal
         _OPEN[key], self._process = self, os.getpid()
-        self._sender = BackgroundSender(Sender(self._journal.path))
         self._sender.start()
         self._journal.append(STATUS, status="RUNNING")
         self._describe(device)
@@ -145,6 +155,8 @@ class Tracker:
             values: name -> number, or tensor of one.
             step: position; images seen, for a training.
         """
+        if self._journal is None:
+            return
         numbers = {}
         for name, value in values.items():
             with suppress(TypeError, ValueError, RuntimeError):  # no number
@@ -158,23 +170,21 @@ class Tracker:
         Args:
             last: show the newest of each name once more, as ``last_NAME`` at step 0, where MLflow's page begins.
         """
+        if self._journal is None:
+            return
         for path in self._pictures():
             changed = path.stat().st_mtime_ns
-            if self._seen.get(path.name) == changed:
-                continue
-            self._seen[path.name] = changed
-            name = self._journal.relative(path)
-            if name not in self._journal.pictures:  # a resumed training draws them again
-                self._journal.append(PICTURE, path=name, key=_key(path), step=self.step, sha256=file_sha256(path))
+            if self._seen.get(path.name) != changed:
+                self._seen[path.name] = changed
+                self._journal.picture(path, _key(path), self.step)
         newest = {_key(path): path for path in sorted(self._pictures(), key=lambda path: path.stat().st_mtime_ns)}
         for key, path in newest.items() if last else ():
-            name = self._journal.relative(path)
-            if name in self._journal.pictures:
-                self._journal.append(PICTURE, path=name, key=f"last_{key}", step=0, sha256=file_sha256(path))
+            if self._journal.relative(path) in self._journal.drawn:  # not by an earlier run in the same folder
+                self._journal.picture(path, f"last_{key}", 0, last=True)
 
     def file(self, path: str | Path, to: str = "") -> None:
         """A file becomes an artifact in the folder ``to``; one that is not there is passed over."""
-        if Path(path).is_file():
+        if self._journal is not None and Path(path).is_file():
             self._journal.append(FILE, path=self._journal.relative(path), to=to, sha256=file_sha256(Path(path)))
 
     def files(self, paths: Iterable[str | Path]) -> None:
@@ -185,6 +195,8 @@ class Tracker:
 
     def models(self) -> None:
         """Models that this process has used and that the run does not name yet."""
+        if self._journal is None:
+            return
         tags, models = facts.lineage()
         if tags != self._lineage:
             new = {name: value for name, value in tags.items() if self._lineage.get(name) != value}
@@ -195,6 +207,8 @@ class Tracker:
 
     def results(self) -> None:
         """Weights of this training, with what lies beside them, and its last checkpoint become artifacts."""
+        if self._journal is None:
+            return
         model = Path(self.resolved["model_path"])
         if self._is_ours(model):
             for path in (model, *(model.with_name(Path(name).name) for name in COMPANIONS)):
@@ -217,7 +231,7 @@ class Tracker:
         settings = facts.plain_settings(dict(self.resolved), config)
         self._journal.append(TEXT, to="settings.json", text=json.dumps(plain_json(settings), indent=4) + "\n")
         self._journal.append(TEXT, to="requirements.txt", text=facts.installed_packages())
-        params, dataset = facts.data_facts(settings.get("datalist"))
+        params, dataset = facts.data_facts(self.resolved.get("datalist"))
         shown = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
         params = {
             facts.name_of(name): facts.short(value, facts.LONGEST_PARAM) for name, value in {**shown, **params}.items()

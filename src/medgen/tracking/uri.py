@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote_plus
 
 from medgen.errors import UserError
 
 __all__ = ["database_of", "default_uri", "local_uri", "resolve_uri"]
 
-_SECRET = re.compile(r"[?&;](password|passwd|pwd|token|secret)=", re.IGNORECASE)
+# names of values after "?" such as sslpassword and api_key, PWD of an ODBC line, and the same in a fragment
+_SECRET = re.compile(r"[?&;#][^=&;]*(passw|passphrase|pwd|token|secret|key|credential)[^=&;]*=", re.IGNORECASE)
 
 
 def default_uri(output_dir: str | Path) -> str:
@@ -32,8 +34,12 @@ def resolve_uri(tracking_uri: str) -> str:
     Raises:
         UserError: it holds a password, or names a folder, which MLflow no longer tracks in.
     """
-    shown = re.sub(r"//[^/]*@", "//", tracking_uri).partition("?")[0]  # without what may be secret
-    if "@" in tracking_uri.partition("://")[2].partition("/")[0] or _SECRET.search(tracking_uri):
+    scheme, slashes, rest = tracking_uri.partition("://")
+    # a password may hold "/", "?" and "#" itself, and libraries differ in where it ends: no "@" at all, but in a path
+    has_user = "@" in rest and not tracking_uri.startswith("sqlite:///")
+    # without what may be secret
+    shown = scheme + slashes + re.split("[?#;]", rest.rpartition("@")[2] if has_user else rest)[0]
+    if has_user or _SECRET.search(unquote_plus(tracking_uri)):
         raise UserError(
             f"tracking_uri must hold no user and no password, got some with {shown}; take them out and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
