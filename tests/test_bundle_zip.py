@@ -142,6 +142,16 @@ def test_bomb_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compression_that_unpacks_without_a_limit_is_refused(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", method) as archive:
+        archive.writestr("b/configs/metadata.json", b"{}" * 50)
+
+    with pytest.raises(UserError, match=r"'b/configs/metadata\.json' is compressed in another way than by deflate"):
+        read_zip(tmp_path / "b.zip", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_size_that_is_understated_is_no_way_around(tmp_path):
     with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("b/x", bytes(10**6))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ class BundleModel(PythonModel):
             return self.service(model_input, params)
         except Exception as error:
             if find_user_error(error) is None:
-                logger.exception("a request failed")
+                # without the message, which may hold values of the request
+                frames = "".join(traceback.format_tb(error.__traceback__))
+                logger.error("a request failed with %s\n%s", type(error).__name__, frames)
             # without the chain, whose messages may hold values of the request
             raise refused(error) from None
 

@@ -95,8 +95,8 @@ def read_zip(archive: str | Path, folder: str | Path) -> Path:
 
     Raises:
         UserError: no zip archive or a damaged one, several or no folders at its top, a member that would lie outside
-            of it or is no plain file, too many members, more bytes than such an archive can hold, or a folder of that
-            name is there.
+            of it, is no plain file or is compressed in another way than by deflate, too many members, more bytes than
+            such an archive can hold, or a folder of that name is there.
     """
     archive, folder = Path(archive), Path(folder)
     try:
@@ -153,6 +153,9 @@ def _check_members(archive: Path, opened: zipfile.ZipFile) -> str:
         kind = stat.S_IFMT(member.external_attr >> 16)
         if kind not in (0, stat.S_IFDIR if member.is_dir() else stat.S_IFREG):
             raise refuse(f"its member {name!r:.100} is a link or something else that is no plain file")
+        # of the others Python unpacks what a few bytes hold at once, whatever size they claim
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise refuse(f"its member {name!r:.100} is compressed in another way than by deflate")
         if not member.is_dir():
             # on some systems A and a are one file
             if name.casefold() in seen:

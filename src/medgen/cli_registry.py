@@ -169,11 +169,14 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen at.")] = 5001,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, each with a model of its own.")] = 1,
+    timeout: Annotated[
+        int, typer.Option("--timeout", min=1, help="Seconds of a request, its wait included; then 504.")
+    ] = 600,
     tracking_uri: TrackingURI = None,
 ) -> None:
     """Verify a registered bundle and answer HTTP requests with it."""
     with quiet_registry() as registry, contextlib.suppress(KeyboardInterrupt):
-        status = registry.serve(uri, host, port, workers, tracking_uri)
+        status = registry.serve(uri, host, port, workers, tracking_uri, timeout=timeout)
         raise typer.Exit(status if status >= 0 else 128 - status)  # as shells tell of a signal
 
 

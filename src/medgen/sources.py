@@ -278,6 +278,7 @@ def _fetch(wanted: str, option: str, source: str, tracking_uri: str | None, cach
         shown = re.sub(r"//[^/@]*@", "//", source)  # without password
         raise UserError(f"{wanted}, got {shown}; set --{option}")
     _check_registry_named(f"{option} {source}", tracking_uri)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one line a file, in a cluster's log
     # here, because it brings MLflow's server and its database along
     from medgen.registry import fetch, resolve
 

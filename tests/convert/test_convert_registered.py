@@ -65,6 +65,22 @@ def test_its_weights_are_taken_for_those_of_a_folder(registry, tmp_path):
     assert result.exit_code == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("bundle", "options", "message"),
+    [
+        (BUNDLE, ("--weights", "gs://bucket/model.pt"), "got gs://bucket/model.pt; set --weights"),
+        ("https://me:secret@host/bundle", (), "got https://host/bundle, where no configs/inference.json is"),
+    ],
+)
+def test_mistake_is_told_by_the_name_of_the_option_and_without_a_password(registry, tmp_path, bundle, options, message):
+    result = convert("push", bundle, "--output", tmp_path, "--tracking_uri", registry[0], *options)
+
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert message in result.stderr
+    assert "model_path" not in result.stderr
+    assert "secret" not in result.stderr
+
+
 def test_it_is_pushed_as_it_was_registered(registry, tmp_path):
     uri, weights = registry
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 import zipfile
@@ -129,6 +130,26 @@ def test_exported_program_gives_the_same_weights(logged, tmp_path, source):
 
     assert result.exit_code == 0, result.stderr
     assert_equal(tmp_path / "m.pt", logged.net.state_dict())
+    # what an alias pointed at, and no other model can be taken for
+    uri = "models:/small/1" if "small" in source else f"runs:/{logged.exported}/final_model"
+    assert re.search(f"^model.pt2 of {uri} has SHA-256 [0-9a-f]{{64}}$", result.stdout, re.MULTILINE)
+
+
+def test_alias_is_looked_up_once(logged, tmp_path, monkeypatch):
+    import mlflow
+
+    asked = []
+
+    def look_up(client, name, alias, found=mlflow.MlflowClient.get_model_version_by_alias):
+        asked.append(alias)
+        return found(client, name, alias)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_by_alias", look_up)
+
+    result = convert("models:/small@champion", "--output", tmp_path / "m.pt", "--tracking_uri", logged.uri)
+
+    assert result.exit_code == 0, result.stderr
+    assert asked == ["champion"]
 
 
 def test_place_of_the_model_can_be_named(logged, tmp_path):
@@ -238,6 +259,7 @@ def test_diffusion_network_gets_its_scaling_and_record(tmp_path):
         ("{root}/artifacts", (), "must be a model that MLflow logged"),
         ("nowhere", (), "no folder at nowhere"),
         ("https://host/model", (), "expected a run id, runs:/ID/PATH"),
+        ("https://me:se/cr@et@host/model?token=x", (), "or a folder, got https://host/model; name its server with"),
         ("{exported}", ("--network", "g"), "holds one network, got --network g"),
     ],
 )

@@ -91,6 +91,21 @@ def test_layout_is_the_zoos(pushed, server):
     assert f"serve {NAME}_model.pt at {server[1]}/files" in printed
 
 
+def test_weights_of_a_bundle_in_a_bundle_are_taken_out_as_well(pushed, tmp_path):
+    bundle = read_zip(pushed[0] / f"{NAME}.zip", tmp_path / "own")
+    shutil.copytree(bundle, tmp_path / "generator")
+    shutil.move(tmp_path / "generator", bundle)
+
+    result = push(bundle, tmp_path / "out", "--url", "https://host/files")
+
+    assert result.exit_code == 0, result.stderr
+    assert sorted(os.listdir(tmp_path / "out" / "files")) == [f"{NAME}_generator_model.pt", f"{NAME}_model.pt"]
+    assert not list((tmp_path / "out" / "lung_segmentation").rglob("*.pt"))
+    listed = (tmp_path / "out" / "lung_segmentation" / "large_files.yml").read_text()
+    assert '"generator/models/model.pt"' in listed
+    assert f'"https://host/files/{NAME}_generator_model.pt"' in listed
+
+
 def test_checksum_is_as_sha256sum_reads_it(pushed):
     folder, _ = pushed
     text = (folder / f"{NAME}.zip.sha256").read_text()

@@ -17,7 +17,7 @@ from PIL import Image
 from medgen.data import MedicalImageReader
 from medgen.errors import UserError
 from medgen.inferers import GeneratorInferer, LatentDiffusionSampler, PGGANInferer
-from medgen.serving import load_service
+from medgen.serving import limits, load_service
 from medgen.serving.service import request_images
 
 # of the function that MONAI's RemoveSmallObjects calls, once an image
@@ -106,7 +106,7 @@ def test_parameters_of_diffusion_are_those_of_its_conditioning(service):
 
 def test_text_model_that_is_not_there_is_named_when_it_is_needed(service):
     with pytest.raises(
-        UserError, match=r"text model does not lie on the server, in text_encoder; .*MEDGEN_TEXT_ENCODER"
+        limits.UnavailableError, match=r"text model does not lie on the server, in text_encoder; .*MEDGEN_TEXT_ENCODER"
     ):
         service("cxr_latent_diffusion")(None, {"prompt": "No acute cardiopulmonary process.", "num_steps": 1})
     with pytest.raises(UserError, match="negative_prompt needs a prompt"):
@@ -211,6 +211,20 @@ def test_maps_have_the_pixels_of_the_image_and_overlays_a_size_to_look_at(servic
     assert min(picture(answer["wd_overlay"]).shape[:2]) >= 512
 
 
+def test_seed_of_a_request_is_that_of_the_projection(service, png):
+    served = service("stylegan2_anomaly")
+
+    own, same, other = (served({"image": png}, {"steps": 2, **more}) for more in ({}, {"seed": 303}, {"seed": 2}))
+
+    assert own == same  # the bundle's
+    assert own[0]["distance"] != other[0]["distance"]
+    assert served({"image": png}, {"steps": 2}) == own
+
+
+def test_samples_begin_with_the_first_seed(service):
+    assert service("stylegan2_anomaly")([], {"task": "sample"})[0]["seed"] == 0
+
+
 def test_steps_of_one_request_are_not_those_of_the_next(service, png):
     served = service("stylegan2_anomaly")
     first = served({"image": png}, {"steps": 1})
@@ -228,6 +242,9 @@ def test_steps_of_one_request_are_not_those_of_the_next(service, png):
         (1, {"task": "sample"}, "the task sample takes no image, got 1"),
         (1, {"steps": 1001}, "steps must be a whole number from 1 to 1000, got 1001"),
         (5, {"steps": 1}, "at most 4 images, got 5"),
+        (1, {"num_samples": 9}, "num_samples belongs to the task sample, got it with the task score"),
+        (1, {"truncation_psi": 0.1}, "truncation_psi belongs to the task sample"),
+        (0, {"task": "sample", "steps": 7}, "steps belongs to the task score, got it with the task sample"),
     ],
 )
 def test_detector_refuses_what_does_not_fit_its_task(service, png, images, params, message):
@@ -338,6 +355,51 @@ def test_other_names_than_image_are_refused():
         request_images({"picture": "a"})
     with pytest.raises(UserError, match="column image, got a, b"):
         request_images(pd.DataFrame({"a": ["x"], "b": ["y"]}))
+
+
+# ---------------------------------------------------------------- time
+
+
+class Clock:
+    """Tells another second each time it is looked at."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("name", "overlays", "images", "params"),
+    [
+        ("stylegan2_anomaly", (), 1, {"steps": 1000}),
+        ("cxr_latent_diffusion", ("labels",), 0, {"num_steps": 100}),
+        ("lung_segmentation", (), 1, {"mc_passes": 50}),
+        ("cxr_pggan", (), 0, {"num_samples": 16}),
+        ("cxr_autoencoder_kl", (), 8, {}),
+    ],
+)
+def test_work_ends_when_its_time_is_up(service, monkeypatch, png, name, overlays, images, params):
+    served = service(name, *overlays)
+    clock = Clock()
+    monkeypatch.setattr(limits, "monotonic", clock)
+
+    with limits.time_limit(4), pytest.raises(limits.LateError, match="takes longer than the server's time limit"):
+        served({"image": [png] * images}, params)
+
+    assert clock.now <= 6  # within a step of the end
+    assert not served._lock.locked()
+
+
+def test_request_does_not_wait_longer_than_its_client(service):
+    served = service("cxr_pggan")
+
+    with served._lock, limits.time_limit(0.01), pytest.raises(limits.LateError):
+        served([])
+
+    assert served([])
 
 
 # ---------------------------------------------------------------- loading

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.pyfunc import scoring_server
 
+from medgen._pyfunc import BundleModel
 from medgen.errors import UserError
-from medgen.serving import describe, example, load_service, save_model, serve
+from medgen.serving import app, describe, example, limits, load_service, save_model, serve
 from medgen.serving.app import LimitedBody
 from medgen.serving.guard import RequestError, guard_scoring_server, refused
+from medgen.serving.sampling import GeneratorService
+from medgen.serving.tensors import TensorFormat, TensorService
 
 
 def data_format(bundle: Path) -> dict:
@@ -183,8 +192,19 @@ def test_example_of_an_image_model_is_a_phantom_and_what_is_made_of_it(make_bund
     assert (phantom.size, reconstruction.size) == ((256, 256), (64, 64))
 
 
-def test_example_that_needs_a_text_model_is_left_out(make_bundle):
+def test_example_that_needs_a_text_model_is_left_out(make_bundle, caplog):
     assert example(make_bundle("cxr_latent_diffusion")) == []
+    assert "no example picture: this model's text model does not lie on the server" in caplog.text
+
+
+def test_example_that_fails_is_no_model_without_pictures(make_bundle, monkeypatch):
+    def fail(*_):
+        raise UserError("the projection of the image diverged")
+
+    monkeypatch.setattr(GeneratorService, "answer", fail)
+
+    with pytest.raises(UserError, match="diverged"):
+        example(make_bundle("cxr_pggan"))
 
 
 # ---------------------------------------------------------------- errors and the server
@@ -196,6 +216,28 @@ def test_line_of_an_error_cannot_be_overwritten():
 
     assert json.loads(error.serialize_as_json())["message"] == "seed must be a number"
     assert error.get_http_status_code() == 400
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [(UserError, 400), (limits.UnavailableError, 503), (limits.LateError, 504)]
+)
+def test_status_says_whose_fault_it_is(kind, status):
+    assert refused(kind("not now")).get_http_status_code() == status
+
+
+def test_failure_of_the_model_is_logged_without_its_values(caplog):
+    def service(model_input, params):
+        raise RuntimeError(f"could not convert {model_input}")
+
+    model = BundleModel()
+    model.service = service
+
+    with pytest.raises(RequestError, match="the model failed on this request"):
+        model.predict(None, "John Doe")
+
+    assert "RuntimeError" in caplog.text
+    assert "in service" in caplog.text
+    assert "Doe" not in caplog.text
 
 
 def test_failure_of_the_model_is_told_without_its_values():
@@ -242,6 +284,231 @@ def test_body_is_limited_while_it_arrives(sizes, status):
     assert bodies == ([b"x" * size for size in sizes] if status == 200 else [])
     if status == 413:
         assert "at most 100 bytes" in json.loads(sent[1]["body"])["message"]
+        assert not messages  # a client that is still sending would be reset
+
+
+def limited(length: int, chunks: int) -> tuple[list[dict], int]:
+    """What is sent for a body of so many chunks of 50 bytes that says its length, and how many of them were read."""
+    sent: list[dict] = []
+    read = 0
+
+    async def app(scope, receive, send):
+        raise AssertionError
+
+    async def receive():
+        nonlocal read
+        assert sent, "read before it was answered"
+        read += 1
+        return {"type": "http.request", "body": b"x" * 50, "more_body": read < chunks}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"content-length", str(length).encode())]}
+    asyncio.run(LimitedBody(app, 100)(scope, receive, send))
+    return sent, read
+
+
+def test_length_that_is_declared_is_answered_at_once_and_read_to_its_end():
+    sent, read = limited(500, 10)
+
+    assert (sent[0]["status"], read) == (413, 10)
+    assert [message.get("more_body", False) for message in sent[1:]] == [True, False]
+    assert dict(sent[0]["headers"])[b"content-length"] == str(len(sent[1]["body"])).encode()
+
+
+def test_body_without_an_end_is_not_read_for_ever():
+    assert limited(10**12, 10**10)[1] == 17  # eight times the limit, and one
+
+
+def test_model_that_cannot_be_loaded_is_not_taken_for_an_app_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "app.py").write_text("None.weights\n")
+    monkeypatch.setattr(scoring_server, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "mlflow.pyfunc.scoring_server.app", raising=False)
+
+    with pytest.raises(RuntimeError, match="the model cannot be loaded: 'NoneType' object has no attribute 'weights'"):
+        app.app  # noqa: B018
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Asks a guarded server, whose own part is given."""
+
+    def ask(service, body, answer=lambda body: body):
+        monkeypatch.setenv(scoring_server._SERVER_MODEL_PATH, "file:/model")
+        monkeypatch.setattr(scoring_server, "invocations", lambda body, *_: answer(body))
+        guard_scoring_server(service)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return scoring_server.invocations(data, "application/json", None, None)
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def service(make_bundle):
+    return load_service(make_bundle("cxr_autoencoder_kl"), "cpu")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"instances": [{"img": "a"}, {"image": "b"}]},
+        {"instances": [{"image": "a"}, "b"]},
+        {"instances": [{"image": "a"}, {}]},
+        {"inputs": {"image": ["a"], "Doe": ["b"]}},
+        {"inputs": {"Doe": ["a"]}},
+        {"inputs": [{"image": "a", "Doe": "b"}]},
+        {"dataframe_records": [{"Doe": "a"}]},
+        {"dataframe_records": ["Doe"]},
+        {"dataframe_split": {"columns": ["image", "Doe"], "data": [["a", "b"]]}},
+        {"dataframe_split": {"columns": ["image", "image"], "data": [["a", "b"]]}},
+        {"dataframe_split": {"columns": "Doe", "data": [["a"]]}},
+    ],
+)
+def test_entry_that_would_be_left_out_is_refused(guarded, service, body):
+    with pytest.raises(
+        RequestError, match=r"each entry of .* must have image and nothing else, got .* in entry"
+    ) as told:
+        guarded(service, body)
+    assert "Doe" not in told.value.message
+    assert told.value.message.endswith('send {"inputs": {"image": ["<base64 PNG>"]}}')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": []},
+        {"inputs": {}},
+        {"inputs": {"image": "a"}},
+        {"inputs": ["a", "b"]},
+        {"inputs": [{"image": "a"}]},
+        {"instances": [{"image": "a"}, {"image": "b"}]},
+        {"dataframe_records": []},
+        {"dataframe_split": {"columns": ["image"], "data": [["a"]]}},
+        {"dataframe_split": {"data": []}},
+    ],
+)
+def test_good_request_reaches_mlflow_as_it_was_read(guarded, service, body):
+    assert guarded(service, body) == body
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            b'{"inputs": [' + b"[]," * 2**19 + b"[]]}",
+            "at most 524288 lists and objects, got 524291; send images as PNG",
+        ),
+        (b'{"inputs": [' + b"0," * (2**23 + 1) + b"0]}", "at most 8388608 numbers, got 8388609; send images as PNG"),
+        (b'{"inputs": [' + b"0," * 2**14 + b"0]}", "inputs may have at most 16384 entries, got 16385"),
+        (b'{"inputs": {"image": [' + b"0," * 2**14 + b"0]}}", "inputs may have at most 16384 entries, got 16385"),
+    ],
+)
+def test_small_text_of_a_large_tree_is_refused(guarded, service, body, message):
+    with pytest.raises(RequestError, match=message):
+        guarded(service, body)
+
+
+def test_nothing_of_what_mlflow_says_is_told(guarded, service):
+    def fail(body):
+        raise MlflowException("Invalid input. Failed to convert data: John Doe")
+
+    with pytest.raises(RequestError) as told:
+        guarded(service, {"inputs": ["a"]}, fail)
+    assert told.value.message == 'the inputs do not fit the model; send {"inputs": {"image": ["<base64 PNG>"]}}'
+
+
+def test_model_of_numbers_is_told_to_be_sent_numbers(guarded):
+    def fail(body):
+        raise MlflowException("Incompatible input types")
+
+    service = TensorService(torch.nn.Conv2d(1, 1, 1), TensorFormat("image", 1, ("8*n", "8*n")))
+    with pytest.raises(RequestError) as told:
+        guarded(service, {"inputs": {"image": ["a"]}}, fail)
+    assert told.value.message == 'the inputs do not fit the model; send {"inputs": <numbers of shape (B, 1, 8*n, 8*n)>}'
+
+
+def test_time_of_a_request_counts_from_its_arrival(guarded, service, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "100")
+    monkeypatch.setattr(limits, "monotonic", lambda: 94.0)
+    arrived = limits.ARRIVED.set(0.0)
+    try:
+        assert guarded(service, {"inputs": []}, lambda body: limits.seconds_left()) == 1.0
+    finally:
+        limits.ARRIVED.reset(arrived)
+
+
+# ---------------------------------------------------------------- the process of the server
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A model's folder, and the servers that were started for it; none is a process."""
+    (tmp_path / "code" / "medgen" / "serving").mkdir(parents=True)
+    (tmp_path / "MLmodel").touch()
+    servers = []
+
+    class Server:
+        on_start = staticmethod(lambda: None)
+        on_wait = staticmethod(lambda: None)
+
+        def __init__(self, command, env):
+            self.command, self.env, self.calls, self.status = command, env, [], None
+            servers.append(self)
+            self.on_start()
+
+        def terminate(self):
+            self.calls.append("terminate")
+            self.status = -signal.SIGTERM
+
+        def wait(self, timeout=None):
+            self.calls.append("wait")
+            if timeout is None and self.status is None:
+                self.on_wait()
+                self.status = 0
+            return self.status
+
+        def poll(self):
+            return self.status
+
+    monkeypatch.setattr("medgen.serving.server.subprocess.Popen", Server)
+    return SimpleNamespace(folder=tmp_path, servers=servers, kind=Server)
+
+
+def test_time_limit_is_that_of_mlflow(started):
+    assert serve(started.folder, timeout=7) == 0
+    assert started.servers[0].env["MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"] == "7"
+    with pytest.raises(UserError, match="timeout must be at least 1 second, got 0"):
+        serve(started.folder, timeout=0)
+
+
+def test_server_can_be_waited_for_in_a_thread(started):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(serve(started.folder)))
+    thread.start()
+    thread.join()
+
+    assert found == [0]
+
+
+def test_signal_while_the_server_starts_is_not_lost(started):
+    before = signal.getsignal(signal.SIGTERM)
+    started.kind.on_start = staticmethod(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    assert serve(started.folder) == -signal.SIGTERM
+    assert started.servers[0].calls[0] == "terminate"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_server_is_ended_with_what_waits_for_it(started):
+    def fail():
+        raise OSError("gone")
+
+    started.kind.on_wait = staticmethod(fail)
+
+    with pytest.raises(OSError, match="gone"):
+        serve(started.folder)
+    assert started.servers[0].calls == ["wait", "terminate", "wait"]
 
 
 def test_folder_without_a_model_is_not_served(tmp_path):

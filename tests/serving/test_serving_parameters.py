@@ -34,6 +34,8 @@ def test_what_fits_comes_back_as_it_is(parameter, value):
     [
         (SEED, -1, "seed must be a whole number from 0 to 10, got -1; change params.seed"),
         (SEED, 11, "from 0 to 10, got 11"),
+        (SEED, 10**400, "from 0 to 10, got 1000"),
+        (PSI, 10**400, "from 0 to 2, got 1000"),
         (SEED, 1.0, "whole number .* got 1.0"),
         (SEED, True, "got True"),
         (SEED, "3", "got a text of 1 characters"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from medgen.convert.formats import FORMATS, TOLERANCE
+from medgen.convert.secrets import without_secrets
 from medgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,7 +147,11 @@ def latent_diffusion(
     """
     config = _targets(output, config, force)
     given = LatentOptions(
-        num_head_channels, norm_num_groups, _weights(autoencoder, "autoencoder"), scale, prediction_type
+        num_head_channels,
+        norm_num_groups,
+        _weights(autoencoder, "autoencoder", "--autoencoder"),
+        scale,
+        prediction_type,
     )
     _check_latent_options(given, output, config, force)
     from medgen.convert.latent_diffusion import convert_latent_diffusion
@@ -192,11 +197,13 @@ def mlflow(
     _check_target("--output", output, ".pt", force)
     from medgen.convert import latent_diffusion as conversion
     from medgen.convert.mlflow_model import find_logged_weights, read_logged_weights
+    from medgen.data.image_set import file_sha256
 
     with tempfile.TemporaryDirectory(prefix="medgen-convert-") as folder, _quiet_mlflow():
-        found = _weights(autoencoder, "autoencoder", tracking_uri)
+        found = _weights(autoencoder, "autoencoder", "--autoencoder", tracking_uri)
         given = LatentOptions(num_head_channels, norm_num_groups, found, scale, prediction_type)
-        path = find_logged_weights(source, folder, tracking_uri, artifact_path)
+        path, uri = find_logged_weights(source, folder, tracking_uri, artifact_path)
+        digest = file_sha256(path)
         try:
             state = read_logged_weights(path, network, package or ())
             is_latent = conversion.is_latent_diffusion(state)
@@ -209,8 +216,10 @@ def mlflow(
                     converted = conversion.convert_latent_diffusion(path, network, given.heads(), norm_num_groups)
         except UserError as error:  # by the name that the user knows it by
             raise UserError(str(error).replace(str(path), f"{path.name} of {source}")) from error
+    origin = f"{path.name} of {uri or source} has SHA-256 {digest}"
     if is_latent:
         _write_latent_diffusion(converted, source, given, output, overlay, force)
+        typer.echo(origin)
         return
     if options := [*given.given(), *(["--config"] if config else [])]:
         raise UserError(
@@ -219,6 +228,7 @@ def mlflow(
         )
     _save_weights(state, output)
     typer.echo(f"{len(state)} tensors of {source} -> {output}, under their own names")
+    typer.echo(origin)
 
 
 @app.command("safetensors")
@@ -269,8 +279,10 @@ def export(
         from medgen.settings import check_device
 
         check_device(device)
-        found = _weights(weights, "model", tracking_uri)
-        done = export_network(folder, output, file_format, overlay or (), found, device, check_inputs, tolerance)
+        found = _weights(weights, "model", "--weights", tracking_uri)
+        own = folder / "configs"  # a bare name is one of the bundle's own, as when it is registered
+        overlays = [own / path if (own / path).is_file() and not path.is_file() else path for path in overlay or ()]
+        done = export_network(folder, output, file_format, overlays, found, device, check_inputs, tolerance)
     typer.echo(f"{done.network} of {bundle}, {done.how}: {done.inputs} -> {', '.join(map(str, done.files))}")
     typer.echo(
         f"largest difference on {done.compared} random batches: {done.difference:.3g}, "
@@ -300,7 +312,7 @@ def push(
         folder = _bundle_folder(bundle, tracking_uri)
         from medgen.convert.zoo import push_bundle
 
-        found = _weights(weights, "model", tracking_uri)
+        found = _weights(weights, "model", "--weights", tracking_uri)
         done = push_bundle(folder, output, url, overlay or (), found, force, _bundle_name(bundle, tracking_uri))
     typer.echo(f"{bundle} -> {done.archive}, SHA-256 {done.sha256}")
     if done.folder is None:
@@ -479,26 +491,27 @@ def _write_latent_diffusion(
         )
 
 
-def _weights(source: str | None, kind: str, tracking_uri: str | None = None) -> Path | None:
+def _weights(source: str | None, kind: str, option: str, tracking_uri: str | None = None) -> Path | None:
     """The file of weights that an option names."""
     if source is None:
         return None
-    from medgen.sources import find_weights
+    from medgen.sources import SETTINGS, find_weights
 
-    return find_weights(source, kind, tracking_uri=tracking_uri)
+    try:
+        return find_weights(source, kind, tracking_uri=tracking_uri)
+    except UserError as error:  # by the name that the user knows it by, which is another in a bundle's configs
+        raise UserError(str(error).replace(f"--{SETTINGS[kind]}", option).replace(SETTINGS[kind], option)) from error
 
 
 def _bundle_folder(source: str, tracking_uri: str | None) -> Path:
     """Where a bundle's files are: in the user's cache, if it is a registered one."""
     if source.startswith("models:/"):
-        from medgen.sources import find_weights
-
-        return find_weights(source, tracking_uri=tracking_uri).parents[1]
+        return _weights(source, "model", "BUNDLE", tracking_uri).parents[1]
     folder = Path(source)
     if not (folder / "configs" / "inference.json").is_file():
         raise UserError(
-            f"expected a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION, got {source}, where no "
-            "configs/inference.json is; name another"
+            "expected a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION, got "
+            f"{without_secrets(source)}, where no configs/inference.json is; name another"
         )
     return folder
 

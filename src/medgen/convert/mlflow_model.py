@@ -13,15 +13,16 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from medgen.convert.latent_diffusion import PACKAGES, drop_rearrangements, names_of
 from medgen.convert.restricted import OneLineErrors, RefusedError, module_state_dict, read_records
+from medgen.convert.secrets import without_secrets
 from medgen.errors import UserError
 
-__all__ = ["find_logged_weights", "read_exported_weights", "read_logged_weights"]
+__all__ = ["LoggedWeights", "find_logged_weights", "read_exported_weights", "read_logged_weights"]
 
 DESCRIPTION = "MLmodel"
 WEIGHTS = ("data/model.pth", "data/model.pt2", "state_dict.pth")  # in the order in which they are looked for
@@ -43,11 +44,24 @@ EXPORTED_DTYPES = {
 
 _RUN = re.compile(r"[0-9a-f]{32}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_ALIAS = re.compile(r"models:/([^/@]+)@([^/@]+)")
+
+
+class LoggedWeights(NamedTuple):
+    """Weights of a model that MLflow logged.
+
+    Attributes:
+        path: ``data/model.pth``, ``data/model.pt2`` or ``state_dict.pth``.
+        uri: of the model, with the number of its version where an alias named it; None for a folder.
+    """
+
+    path: Path
+    uri: str | None = None
 
 
 def find_logged_weights(
     source: str | Path, folder: str | Path, tracking_uri: str | None = None, artifact_path: str = MODEL_PATH
-) -> Path:
+) -> LoggedWeights:
     """The file with the weights of a model that MLflow logged.
 
     Args:
@@ -58,7 +72,7 @@ def find_logged_weights(
         artifact_path: the model's place among a run's artifacts, where the source does not name one.
 
     Returns:
-        ``data/model.pth``, ``data/model.pt2`` or ``state_dict.pth``, in ``folder`` or where it was.
+        The file, in ``folder`` or where it was, and what it is of.
 
     Raises:
         UserError: no such run or model, a model of another kind, or a registered bundle.
@@ -72,8 +86,8 @@ def find_logged_weights(
         return _fetch(text.rstrip("/"), Path(folder), tracking_uri)
     if _SCHEME.match(text):
         raise UserError(
-            f"expected a run id, runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or a folder, got {text}; log "
-            "in to its server with --tracking_uri instead"
+            "expected a run id, runs:/ID/PATH, models:/NAME/VERSION, models:/NAME@ALIAS or a folder, got "
+            f"{without_secrets(text)}; name its server with --tracking_uri instead"
         )
     root = Path(source)
     if not root.is_dir():
@@ -82,7 +96,7 @@ def find_logged_weights(
         present = {name for name in (*WEIGHTS, DESCRIPTION) if (model / name).is_file()}
         if present:
             _check_description(str(source), (model / DESCRIPTION) if DESCRIPTION in present else None)
-            return model / _chosen(str(source), present)
+            return LoggedWeights(model / _chosen(str(source), present))
     raise UserError(
         f"{root} must be a model that MLflow logged, with {DESCRIPTION} and {WEIGHTS[0]} in it, got a folder with "
         f"neither; name the folder {MODEL_PATH} of a run's artifacts"
@@ -179,22 +193,25 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
     return archive.read(name)
 
 
-def _fetch(uri: str, folder: Path, tracking_uri: str | None) -> Path:
+def _fetch(source: str, folder: Path, tracking_uri: str | None) -> LoggedWeights:
     """Download the description and the weights of a model, and nothing else of it."""
     from medgen.registry._connection import connection  # first: it keeps MLflow from reporting its usage
 
     import mlflow  # isort: skip
 
-    with connection(tracking_uri):
+    with connection(tracking_uri) as client:
+        # once: an alias may move between two questions
+        alias = _ALIAS.fullmatch(source)
+        uri = f"models:/{alias[1]}/{client.get_model_version_by_alias(*alias.groups()).version}" if alias else source
 
         def download(name: str) -> Path:
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{name}", dst_path=str(folder)))
 
         top = _listed(mlflow, uri)
         description = download(DESCRIPTION) if DESCRIPTION in top else None
-        _check_description(uri, description)
+        _check_description(source, description)
         present = {f"data/{name}" for name in (_listed(mlflow, f"{uri}/data") if "data" in top else ())} | top
-        return download(_chosen(uri, present))
+        return LoggedWeights(download(_chosen(source, present)), uri)
 
 
 def _listed(mlflow: Any, uri: str) -> set[str]:

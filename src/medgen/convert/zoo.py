@@ -129,8 +129,10 @@ def _move_large_files(staged: Path, files: Path, stem: str, url: str) -> tuple[P
     """Take the weights out of a bundle and leave the list of them, as MONAI's ``download_large_files`` reads it."""
     files.mkdir(exist_ok=True)
     entries, moved = [], []
-    for path in sorted((staged / "models").glob("*.pt")):
-        target = files / f"{stem}_{path.name}"
+    for path in sorted(staged.rglob("*.pt")):
+        # an encoder's bundle holds its generator's, with a models/model.pt of its own
+        parts = [part for part in path.relative_to(staged).parts if part != "models"]
+        target = files / "_".join([stem, *parts])
         entries.append(
             {
                 "path": path.relative_to(staged).as_posix(),

@@ -86,7 +86,8 @@ def stage_bundle(
     else:
         elsewhere = {name: Path(weights).with_name(Path(name).name) for name in COMPANIONS}
         files = {name: path for name, path in bundle_files(root).items() if name not in COMPANIONS}
-        files |= {name: path for name, path in elsewhere.items() if path.is_file()}
+        own = Path(weights).absolute()  # an autoencoder is no companion of itself
+        files |= {name: path for name, path in elsewhere.items() if path.is_file() and path.absolute() != own}
         files["models/model.pt"] = Path(weights)
     for name in REQUIRED_FILES:
         if name not in files or not files[name].is_file():

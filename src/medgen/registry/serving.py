@@ -17,6 +17,7 @@ def serve(
     workers: int = 1,
     tracking_uri: str | None = None,
     cache_dir: str | Path | None = None,
+    timeout: int = 600,
 ) -> int:
     """Answer requests with a registered bundle until the process is interrupted.
 
@@ -30,6 +31,7 @@ def serve(
         workers: processes, each with a model of its own.
         tracking_uri: ``sqlite:////path/mlflow.db`` or the address of a server; default: MLFLOW_TRACKING_URI.
         cache_dir: where models are kept once they are fetched; default: ``medgen/models`` in the user's cache.
+        timeout: seconds of a request, its wait included; then it gets status 504.
 
     Returns:
         Exit status of the server.
@@ -41,4 +43,5 @@ def serve(
 
     # compiled files beside the sources would be files that were not registered
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    return serving.serve(fetch_model(uri, cache_dir or sources.user_cache(), tracking_uri), host, port, workers)
+    model = fetch_model(uri, cache_dir or sources.user_cache(), tracking_uri)
+    return serving.serve(model, host, port, workers, timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from medgen.inferers import AutoencoderKLInferer, InversionInferer, Segmentation
 from medgen.networks import LatentEncoder, LatentGenerator
 from medgen.output import plain_json
 from medgen.serving.codec import encode_image, encode_picture
+from medgen.serving.limits import check_time
 from medgen.serving.parameters import LARGEST_SEED, Parameter
 from medgen.serving.sampling import GeneratorService
 from medgen.serving.service import FORMAT, ImageService
@@ -29,6 +31,9 @@ from medgen.transforms.save_anomaly import SMALLEST_PICTURE, draw_overlay, scale
 from medgen.transforms.save_region import MOST_UNCERTAIN
 
 __all__ = ["AnomalyService", "InversionService", "ReconstructionService", "SegmentationService", "served_generator"]
+
+# which task of the detector a parameter belongs to; the others belong to both
+TASKS = {"steps": "score", "num_samples": "sample", "truncation_psi": "sample"}
 
 
 def _figures(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, float | None]:
@@ -184,8 +189,9 @@ class SegmentationService(ImageService):
     def answer_one(self, image: MetaTensor, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``mask``, ``box``, ``overlay``, ``area_fraction`` and ``reason``; with passes ``uncertainty`` and its mean.
 
-        The box is top, left, bottom and right in pixels of the image as sent, bottom and right exclusive; it is null,
-        and ``reason`` says why, where no lung was found. ``uncertainty`` is a standard deviation, 255 in a PNG for 0.5.
+        The box is top, left, bottom and right in pixels of the image, bottom and right exclusive; it is null, and
+        ``reason`` says why, where no lung was found. ``uncertainty`` is a standard deviation, 255 in a PNG for 0.5.
+        Pixels are those of the image as viewers show it: a JPEG that its EXIF says is turned is turned first.
         """
         prepared = self.prepare(image)
         inferer = SegmentationInferer(settings["mc_passes"])
@@ -251,22 +257,37 @@ class AnomalyService(ImageService):
         parameters = [
             Parameter("task", "text", "score", choices=("score", "sample")),
             Parameter("steps", "integer", steps, 1, max_steps),
-            *sampling.parameters,
+            # without one, scores have the seed of the bundle's inference, and samples begin with the first
+            *(replace(each, default=None) if each.name == "seed" else each for each in sampling.parameters),
         ]
         super().__init__(network, preprocessing, parameters, max_images, max_pixels)
         self.projector, self.scoring, self.sampling, self.limits = projector, scoring, sampling, limits
+
+    def check(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        """All parameters of a request, with the defaults of those that it lacks.
+
+        Raises:
+            UserError: names the first that there is not, that is not as it must be, or that the task does not use.
+        """
+        settings = super().check(params)
+        task = settings["task"]
+        for parameter in self.parameters:
+            # MLflow fills in the defaults of what a request leaves out, so that one of those may not have been given
+            if settings[parameter.name] != parameter.default and TASKS.get(parameter.name, task) != task:
+                raise UserError(
+                    f"{parameter.name} belongs to the task {TASKS[parameter.name]}, got it with the task {task}; leave "
+                    "it out, or change params.task"
+                )
+        return settings
 
     def answer(self, images: Sequence[MetaTensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Scores of the images, or samples."""
         if settings["task"] == "sample":
             if images:
                 raise UserError(f"the task sample takes no image, got {len(images)}; set params.task to score")
-            return self.sampling.answer([], settings)
+            return self.sampling.answer([], {**settings, "seed": settings["seed"] or 0})
         if not images:
-            raise UserError(
-                'the task score takes images, got none; send {"inputs": {"image": ["<base64 PNG>"]}}, or set '
-                "params.task to sample"
-            )
+            raise UserError(f"the task score takes images, got none; send {self.usage}, or set params.task to sample")
         if self.sampling.num_classes and settings["class_index"] is None:
             raise UserError(
                 f"the task score needs the images' class, from 0 to {self.sampling.num_classes - 1}, for this network; "
@@ -277,12 +298,15 @@ class AnomalyService(ImageService):
     def answer_one(self, image: MetaTensor, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``scores``, ``distance``, ``reconstruction``, and of both measures map, top of its scale, and overlay.
 
-        ``mse_map`` and ``wd_map`` have the pixels of the image as sent: in a PNG white is ``mse_top`` or ``wd_top``,
-        in an array the values stand themselves, null where nothing was scored.
+        ``mse_map`` and ``wd_map`` have the pixels of the image as viewers show it (a JPEG that its EXIF says is turned
+        is turned first): in a PNG white is ``mse_top`` or ``wd_top``, in an array the values stand themselves, null
+        where nothing was scored.
         """
         prepared = self.prepare(image)
         projector = copy.copy(self.projector)  # with the same statistics of w, which take a second to draw
-        projector.steps = settings["steps"]
+        projector.steps, projector.on_step = settings["steps"], lambda *_: check_time()
+        if settings["seed"] is not None:
+            projector.seed = settings["seed"]
         labels = None
         if self.sampling.num_classes:
             labels = torch.tensor([settings["class_index"]], device=self.device)

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,12 +27,15 @@ import medgen
 from medgen import _pyfunc
 from medgen.errors import UserError
 from medgen.serving.codec import encode_image
+from medgen.serving.limits import UnavailableError
 from medgen.serving.load import load_service
 from medgen.serving.parameters import param_schema
 from medgen.serving.service import ImageService, Service
 from medgen.serving.tensors import TensorFormat, TensorService
 
 __all__ = ["describe", "example", "save_model"]
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_PROBE = 16  # pixels of a side that is free
 PICTURE_GAP = 2  # pixels between the samples of a picture
@@ -187,7 +191,8 @@ def example(bundle: str | Path) -> list[Image.Image]:
     images, settings = service.example_request()
     try:
         answers = service({"image": images}, settings)
-    except UserError:
+    except UnavailableError as error:
+        logger.warning("no example picture: %s", error)
         return []
     found = [[_decoded(value) for key, value in answer.items() if _is_picture(key, value)] for answer in answers]
     if images:

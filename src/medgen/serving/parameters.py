@@ -69,7 +69,7 @@ class Parameter:
         types = _KINDS[self.kind][1]
         fits = isinstance(value, types) and (isinstance(value, bool) == (self.kind == "switch"))
         if fits and self.kind in ("integer", "number"):
-            fits = math.isfinite(value)
+            fits = isinstance(value, int) or math.isfinite(value)  # of a larger int than any float it would raise
             fits = fits and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
         if fits and self.kind == "text":
             fits = value in self.choices if self.choices else self.high is None or len(value) <= self.high

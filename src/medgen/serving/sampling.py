@@ -15,6 +15,7 @@ from medgen.errors import UserError
 from medgen.inferers import LatentDiffusionSampler, SeedInferer
 from medgen.networks.conditioning import make_conditioner
 from medgen.serving.codec import encode_image
+from medgen.serving.limits import UnavailableError, check_time
 from medgen.serving.parameters import LARGEST_SEED, Parameter
 from medgen.serving.service import FORMAT, Service
 
@@ -58,6 +59,7 @@ class _SamplingService(Service):
             raise UserError(f"seeds must be at most {LARGEST_SEED}, got {number} from {first}; change params.seed")
         found: list[dict[str, Any]] = []
         for start in range(first, first + number, self.batch_size):
+            check_time()
             seeds = list(range(start, min(start + self.batch_size, first + number)))
             labels = None
             if self.num_classes:
@@ -195,9 +197,9 @@ class _AbsentTextModel:
         """Refuse.
 
         Raises:
-            UserError: always.
+            UnavailableError: always.
         """
-        raise UserError(
+        raise UnavailableError(
             f"this model's text model does not lie on the server, in {Path(self.folder).name}; start the server with "
             "MEDGEN_TEXT_ENCODER set to the folder of the one that it was trained with"
         )

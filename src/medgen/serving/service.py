@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 from medgen.errors import UserError
 from medgen.serving.codec import FORMATS, decode_image
+from medgen.serving.limits import check_time, seconds_left
 from medgen.serving.parameters import Parameter, check_parameters
 
 __all__ = ["FORMAT", "ImageService", "Service", "request_images"]
@@ -36,9 +38,11 @@ class Service(ABC):
 
     Attributes:
         takes_images: "no", "yes" or "maybe".
+        column: the only name that inputs may have.
     """
 
     takes_images = "no"
+    column = "image"
 
     def __init__(
         self, network: nn.Module, parameters: Sequence[Parameter], max_images: int = 0, max_pixels: int = 0
@@ -47,6 +51,15 @@ class Service(ABC):
         self.max_images, self.max_pixels = max_images, max_pixels
         # the scoring server calls from threads: two at once would share the device's memory, and caches
         self._lock = threading.Lock()
+        # between the steps of a sampler, and the passes of a network with dropout
+        network.register_forward_pre_hook(lambda *_: check_time())
+
+    @property
+    def usage(self) -> str:
+        """What a request looks like, for messages."""
+        if self.takes_images == "no":
+            return '{"inputs": [], "params": {...}}'
+        return '{"inputs": {"image": ["<base64 PNG>"]}}'
 
     @property
     def device(self) -> torch.device:
@@ -72,20 +85,31 @@ class Service(ABC):
             One dictionary of plain values for each image or sample.
 
         Raises:
-            UserError: the request is not as it must be.
+            UserError: the request is not as it must be, or its time is up.
         """
         settings = self.check(params)
         values = request_images(model_input)
         if values and self.takes_images == "no":
             raise UserError(f"this model makes images and takes none, got {len(values)}; leave the inputs empty: []")
         if not values and self.takes_images == "yes":
-            raise UserError('this model takes images, got none; send {"inputs": {"image": ["<base64 PNG>"]}}')
+            raise UserError(f"this model takes images, got none; send {self.usage}")
         if len(values) > self.max_images and self.takes_images != "no":
             raise UserError(f"a request may have at most {self.max_images} images, got {len(values)}; send several")
         names = ["image"] if len(values) == 1 else [f"image {n} of {len(values)}" for n in range(1, len(values) + 1)]
         images = [decode_image(value, self.max_pixels, name) for value, name in zip(values, names, strict=True)]
-        with self._lock, torch.no_grad():
+        with self._turn(), torch.no_grad():
             return self.answer(images, settings)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for the requests before this one, no longer than its own client waits."""
+        while not self._lock.acquire(timeout=seconds_left()):
+            check_time()
+        try:
+            check_time()
+            yield
+        finally:
+            self._lock.release()
 
     @abstractmethod
     def answer(self, images: Sequence[MetaTensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -126,7 +150,11 @@ class ImageService(Service):
 
     def answer(self, images: Sequence[MetaTensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """One answer for each image, which does not depend on the others."""
-        return [self.answer_one(image, settings) for image in images]
+        found = []
+        for image in images:
+            check_time()
+            found.append(self.answer_one(image, settings))
+        return found
 
     @abstractmethod
     def answer_one(self, image: MetaTensor, settings: Mapping[str, Any]) -> dict[str, Any]:

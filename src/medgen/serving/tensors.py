@@ -65,6 +65,11 @@ class TensorFormat(NamedTuple):
         """(batch, channels, *sizes), -1 where the size is free."""
         return (-1, self.channels, *(size if isinstance(size, int) else -1 for size in self.spatial_shape))
 
+    @property
+    def wanted(self) -> str:
+        """The shape, for messages."""
+        return f"({', '.join(['B', str(self.channels), *map(str, self.spatial_shape)])})"
+
     def check(self, batch: np.ndarray) -> None:
         """See that a batch has this format.
 
@@ -74,11 +79,11 @@ class TensorFormat(NamedTuple):
         Raises:
             UserError: of another shape, with a size that does not divide, or with values that are not finite.
         """
-        expected = f"({', '.join(['B', str(self.channels), *map(str, self.spatial_shape)])})"
         fits = batch.ndim == len(self.shape) and batch.shape[0] > 0 and batch.shape[1] == self.channels
         if not fits or not all(map(_size_fits, batch.shape[2:], self.spatial_shape)):
             raise UserError(
-                f"{self.name} must have shape {expected}, got {batch.shape}; reshape, pad or crop it before predict()"
+                f"{self.name} must have shape {self.wanted}, got {batch.shape}; reshape, pad or crop it before "
+                "predict()"
             )
         if not np.isfinite(batch).all():
             raise UserError(
@@ -104,9 +109,15 @@ class TensorService:
     """
 
     parameters = ()
+    column = None  # the inputs have no names
 
     def __init__(self, network: nn.Module, format: TensorFormat) -> None:
         self.network, self.format = network, format
+
+    @property
+    def usage(self) -> str:
+        """What a request looks like, for messages."""
+        return f'{{"inputs": <numbers of shape {self.format.wanted}>}}'
 
     def check(self, params: Mapping[str, Any] | None) -> dict[str, Any]:
         """There are no parameters.
