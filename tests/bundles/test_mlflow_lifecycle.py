@@ -243,7 +243,7 @@ BAD = {
     "out of range": (of_images(grey(spot=200.0)), r"\[0, 1\], got .* to 200"),
     "too many": (of_images(*[as_text(radiograph())] * 50), "got 50"),
     "unknown parameter": (of_images(as_text(radiograph()), treshold=0.5), "treshold"),
-    "wrong type": (of_images(as_text(radiograph()), mc_passes="many"), "mc_passes.*many"),
+    "wrong type": (of_images(as_text(radiograph()), mc_passes="many"), "mc_passes.*whole number.*got a text"),
     "too large": (of_images(as_text(Image.new("L", (9000, 9000)))), "pixels"),
 }
 
