@@ -166,7 +166,11 @@ def test_serve_answers_with_the_verified_model_and_ends_quietly(server, vectors,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "medgen", "registry", "serve", "models:/vectors@champion", "--port", str(port)]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "fastapi.py").write_text("raise SystemExit('a module of the current folder ran')")
+    # -P as the command `medgen` has it, whose folder is its own and not the current one
+    command = [sys.executable, "-P", "-m", "medgen", "registry", "serve", "models:/vectors@champion"]
+    command += ["--port", str(port)]
     environment = {
         **os.environ,
         "MLFLOW_TRACKING_URI": server,
@@ -174,7 +178,9 @@ def test_serve_answers_with_the_verified_model_and_ends_quietly(server, vectors,
         "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",
     }
     with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=tmp_path / "here"
+        )
     try:
         for _ in range(1200):
             try:

@@ -55,6 +55,7 @@ def serve(
     command += ["--workers", str(workers), "medgen.serving.app:app"]
     environment = {
         **os.environ,
+        "PYTHONSAFEPATH": "1",  # a module that lies in the current folder is not what was verified
         scoring_server._SERVER_MODEL_PATH: model.as_uri(),
         MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.name: str(timeout),
     }
