@@ -115,8 +115,8 @@ def read_zip(archive: str | Path, folder: str | Path) -> Path:
             f"{archive} cannot be extracted to {folder} ({error.strerror or error}); name an archive that is there "
             "and a folder that can be written to"
         ) from error
-    # RuntimeError: encrypted; NotImplementedError: a compression that Python does not know
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+    # RuntimeError: encrypted
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:200]

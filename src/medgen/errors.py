@@ -7,7 +7,7 @@ import re
 import sys
 from types import TracebackType
 
-__all__ = ["UserError", "find_user_error", "one_line_errors"]
+__all__ = ["UserError", "find_user_error", "one_line_errors", "without_secrets"]
 
 
 class UserError(ValueError):
@@ -59,3 +59,14 @@ def one_line_errors() -> None:
             print(f"error: {message}", file=sys.stderr)
 
     sys.excepthook = hook
+
+
+def without_secrets(address: str) -> str:
+    """An address as messages show it: without user and password, nor what stands after ``?`` and ``#``.
+
+    Args:
+        address: ``scheme://user:password@host/path?token=...``; what has no ``://`` in it is left as it is.
+    """
+    scheme, slashes, rest = address.partition("://")
+    # a password may itself hold "/", "?", "#" and "@"
+    return scheme + slashes + (re.split("[?#;]", rest.rpartition("@")[2])[0] if slashes else "")

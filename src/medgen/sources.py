@@ -14,13 +14,13 @@ from torch import nn
 
 from medgen import lineage
 from medgen.bundle_config import build_network
-from medgen.errors import UserError
+from medgen.errors import UserError, without_secrets
 from medgen.handlers.companions import check_trained_as
 from medgen.lineage import Source, used, weights_digest
 from medgen.networks.encoders import LatentEncoder
 from medgen.networks.latent_generator import LatentGenerator
 from medgen.settings import optional
-from medgen.weights import check_same_shapes, read_state_dict
+from medgen.weights import load_weights
 
 __all__ = ["Source", "find_weights", "load_discriminator", "load_encoder", "load_generator", "used"]
 
@@ -195,9 +195,7 @@ def load_discriminator(
     path = find_weights(checkpoint, "discriminator", "checkpoints/last.pt", tracking_uri, cache_dir)
     if path is None or not path.is_file():
         raise UserError(f"no checkpoint with a discriminator at {path}; name OUT/checkpoints/last.pt of its training")
-    state = read_state_dict(path, component="discriminator")
-    check_same_shapes(f"the discriminator of {path}", network.state_dict(), state)
-    network.load_state_dict(state)
+    load_weights(network, path, f"the discriminator of {path}", component="discriminator")
     network.sha256 = weights_digest(path)
     return network.eval().requires_grad_(False)
 
@@ -217,12 +215,7 @@ def _load(
     if not path.is_file():
         raise UserError(f"no weights of the {kind} at {path}; train that bundle first, or set --{kind}_weights")
     network = build_network(bundle.folder, overlays=overlays)
-    state = read_state_dict(path)
-    try:
-        check_same_shapes(str(path), network.state_dict(), state)
-    except UserError as error:
-        raise UserError(f"{error} (--{kind}_overlay)") from error
-    network.load_state_dict(state)
+    load_weights(network, path, option=f"--{kind}_overlay")
     if optional(weights) is None:
         _note(kind, source, path, bundle)
     logger.info(f"{kind} from {source}: {type(network).__name__}")
@@ -275,8 +268,7 @@ def _bundle_folder(
 def _fetch(wanted: str, option: str, source: str, tracking_uri: str | None, cache_dir: str | Path | None) -> _Bundle:
     """A registered bundle in the cache."""
     if not source.startswith("models:/"):
-        shown = re.sub(r"//[^/@]*@", "//", source)  # without password
-        raise UserError(f"{wanted}, got {shown}; set --{option}")
+        raise UserError(f"{wanted}, got {without_secrets(source)}; set --{option}")
     _check_registry_named(f"{option} {source}", tracking_uri)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one line a file, in a cluster's log
     # here, because it brings MLflow's server and its database along

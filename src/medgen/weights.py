@@ -12,7 +12,7 @@ from torch import nn
 
 from medgen.errors import UserError
 
-__all__ = ["check_same_shapes", "read_state_dict", "state_digest"]
+__all__ = ["check_same_shapes", "load_weights", "read_state_dict", "state_digest"]
 
 
 def read_state_dict(
@@ -76,6 +76,29 @@ def check_same_shapes(source: str, expected: Mapping[str, torch.Tensor], given: 
             f"{source} belongs to another architecture: this network has {want} at {key}, got {got}; use the network "
             "settings, or the overlay, that it was trained with"
         )
+
+
+def load_weights(
+    network: nn.Module, path: str | Path, shown: str | None = None, component: str | None = None, option: str = ""
+) -> None:
+    """Load a file of weights into the network that they are of.
+
+    Args:
+        network: the network.
+        path: see :func:`read_state_dict`.
+        shown: see :func:`read_state_dict`.
+        component: see :func:`read_state_dict`.
+        option: of the command line that sets the network's settings, told where the weights do not fit.
+
+    Raises:
+        UserError: the file holds no plain weights, or those of another architecture.
+    """
+    state = read_state_dict(path, shown, component)
+    try:
+        check_same_shapes(shown or str(path), network.state_dict(), state)
+    except UserError as error:
+        raise UserError(f"{error} ({option})" if option else str(error)) from error
+    network.load_state_dict(state)
 
 
 def state_digest(network: nn.Module) -> str:

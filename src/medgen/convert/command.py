@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from medgen.convert.formats import FORMATS, TOLERANCE
-from medgen.convert.secrets import without_secrets
-from medgen.errors import UserError
+from medgen.errors import UserError, without_secrets
 
 if TYPE_CHECKING:
     from medgen.convert.latent_diffusion import ConvertedNetwork

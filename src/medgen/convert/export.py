@@ -30,7 +30,7 @@ from medgen.convert.formats import FORMATS, TOLERANCE
 from medgen.errors import UserError
 from medgen.networks import PGGANGenerator, StyleGAN2Generator
 from medgen.settings import check_choice
-from medgen.weights import check_same_shapes, read_state_dict
+from medgen.weights import load_weights
 
 __all__ = ["Exported", "export_network"]
 
@@ -187,12 +187,7 @@ def _load(bundle: Path, overlays: Sequence[str | Path], weights: str | Path | No
     if not path.is_file():
         raise UserError(f"no weights at {path}; train the bundle first, or name a file with --weights")
     network = build_network(bundle, overlays=overlays)
-    state = read_state_dict(path)
-    try:
-        check_same_shapes(str(path), network.state_dict(), state)
-    except UserError as error:
-        raise UserError(f"{error} (--overlay)") from error
-    network.load_state_dict(state)
+    load_weights(network, path, option="--overlay")
     return network.float().eval().requires_grad_(False)
 
 

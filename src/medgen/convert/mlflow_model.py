@@ -19,8 +19,7 @@ import torch
 
 from medgen.convert.latent_diffusion import PACKAGES, drop_rearrangements, names_of
 from medgen.convert.restricted import OneLineErrors, RefusedError, module_state_dict, read_records
-from medgen.convert.secrets import without_secrets
-from medgen.errors import UserError
+from medgen.errors import UserError, without_secrets
 
 __all__ = ["LoggedWeights", "find_logged_weights", "read_exported_weights", "read_logged_weights"]
 

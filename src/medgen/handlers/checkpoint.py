@@ -22,7 +22,7 @@ from medgen.engines.trainer import GenerativeTrainer, unwrap
 from medgen.errors import UserError
 from medgen.handlers.companions import ModelCompanions
 from medgen.output import atomic_write_text
-from medgen.weights import check_same_shapes, read_state_dict
+from medgen.weights import load_weights
 
 __all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save"]
 
@@ -321,10 +321,7 @@ class WeightsLoader:
         """
         if not self.path.is_file():
             raise UserError(f"no weights at {self.path}; train the bundle first, or name a file with --model_path")
-        state = read_state_dict(self.path)
-        network = unwrap(self.network)
-        check_same_shapes(str(self.path), network.state_dict(), state)
-        network.load_state_dict(state)
+        load_weights(unwrap(self.network), self.path)
         source = lineage.note("model", self.path, self.path)
         engine.state.model_sha256 = source.sha256
         if source.uri:

@@ -9,7 +9,7 @@ from monai.networks.nets import AutoencoderKL
 from torch import nn
 
 from medgen.errors import UserError
-from medgen.weights import check_same_shapes, read_state_dict
+from medgen.weights import load_weights
 
 __all__ = ["KLAutoencoder", "PosteriorReconstruction", "load_autoencoder"]
 
@@ -79,7 +79,5 @@ def load_autoencoder(network: AutoencoderKL, path: str | Path) -> AutoencoderKL:
     """
     if not Path(path).is_file():
         raise UserError(f"no autoencoder at {path}; train one first and name its model.pt with --autoencoder_path")
-    state = read_state_dict(path)
-    check_same_shapes(f"the autoencoder {path}", network.state_dict(), state)
-    network.load_state_dict(state)
+    load_weights(network, path, f"the autoencoder {path}")
     return network.eval().requires_grad_(False)

@@ -24,7 +24,7 @@ from torch import nn
 from medgen.errors import UserError
 from medgen.networks.latent_generator import LatentGenerator
 from medgen.networks.pggan import pixel_norm
-from medgen.weights import check_same_shapes, read_state_dict
+from medgen.weights import load_weights, read_state_dict
 
 __all__ = [
     "CONVNEXT_SIZES",
@@ -230,9 +230,7 @@ def begin_encoder(
                 f"no weights of the first stage at {weights}; train it with train_bootstrap.json, name them with "
                 "--initial_weights, or do without them: --initial_weights null"
             )
-        state = read_state_dict(weights)
-        check_same_shapes(str(weights), network.state_dict(), state)
-        network.load_state_dict(state)
+        load_weights(network, weights)
         near = {"rtol": 1e-3, "atol": 1e-3 * float(generator.std)}
         if not torch.allclose(network.latent_mean.cpu(), generator.mean.cpu(), **near):
             raise UserError(

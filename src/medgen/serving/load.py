@@ -12,7 +12,7 @@ from medgen.errors import UserError, find_user_error
 from medgen.serving.service import Service
 from medgen.serving.tensors import TensorFormat, TensorService
 from medgen.settings import check_device, keep_freed_memory
-from medgen.weights import check_same_shapes, read_state_dict
+from medgen.weights import load_weights
 
 __all__ = ["SERVE", "load_service"]
 
@@ -72,6 +72,4 @@ def load_service(bundle: str | Path, device: str | torch.device | None = None) -
 def _load_weights(network: torch.nn.Module, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"no weights at {path}; train the bundle first")
-    state = read_state_dict(path, f"models/{path.name}")
-    check_same_shapes(f"models/{path.name}", network.state_dict(), state)
-    network.load_state_dict(state)
+    load_weights(network, path, f"models/{path.name}")
