@@ -19,6 +19,7 @@ from medgen.settings import (
     check_names,
     check_positive,
     check_whole,
+    environment,
     flag,
 )
 
@@ -162,3 +163,11 @@ def test_splits_that_are_too_small_for_what_is_measured_on_them_are_refused():
         check_enough(2, training=[1, 2], validation=[1])
     with pytest.raises(UserError, match=r"the test split must hold at least 3 images of label 1, got 0"):
         check_enough(3, 1, test=[])
+
+
+def test_folder_of_the_environment_or_one_line_that_says_how_to_set_it(monkeypatch):
+    monkeypatch.setenv("DATA_DIR", "/data")
+    assert environment("DATA_DIR") == "/data"
+    monkeypatch.setenv("DATA_DIR", "")
+    with pytest.raises(UserError, match="environment variable DATA_DIR must name a folder, it is not set; export DATA"):
+        environment("DATA_DIR")

@@ -6,6 +6,7 @@ import ctypes
 import difflib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "check_names",
     "check_positive",
     "check_whole",
+    "environment",
     "flag",
     "optional",
 ]
@@ -78,6 +80,21 @@ def _options(argv: Sequence[str]) -> dict[str, str]:
         elif name and not given[name]:
             given[name] = word
     return given
+
+
+def environment(name: str) -> str:
+    """A folder that a job's environment names, so that one args file serves on every cluster.
+
+    Args:
+        name: of the variable, such as ``DATA_DIR``.
+
+    Raises:
+        UserError: it is not set.
+    """
+    value = os.environ.get(name, "")
+    if not value:
+        raise UserError(f"the environment variable {name} must name a folder, it is not set; export {name}=/a/folder")
+    return value
 
 
 def flag(value: bool | str) -> bool:
