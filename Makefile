@@ -14,6 +14,13 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+# checkov has a hundred dependencies, pinned to versions of its own: it looks at the Kubernetes manifests from outside
+CHECKOV := .venv-checkov
+$(CHECKOV)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(CHECKOV)
+	$(CHECKOV)/bin/python -m pip install --quiet checkov==3.3.30
+	@touch $@
+
 # make demo DATALIST=... DATASET_DIR=... runs it on your images; BUNDLE=... runs another bundle's
 BUNDLE ?= cxr_autoencoder_kl
 demo: $(VENV)/.installed
@@ -22,7 +29,7 @@ demo: $(VENV)/.installed
 
 # one thread each: two processes that compute with two threads each are slower than one
 WORKERS ?= 2
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(CHECKOV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed

@@ -1,0 +1,86 @@
+"""The args files: every setting exists, every expression can be evaluated, stages name what earlier ones write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+STAGES = {path.stem: json.loads(path.read_text()) for path in sorted((REPOSITORY / "cluster" / "args").glob("*.json"))}
+
+
+def bundle(stage: str) -> Path:
+    return REPOSITORY / "bundles" / stage.split(".")[0]
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """Stage -> its settings as the run will see them, with one process, /data and /outputs."""
+    from monai.bundle import ConfigParser
+
+    from medgen.settings import check_names
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA_DIR", "/data")
+        patch.setenv("OUTPUT_DIR", "/outputs")
+        patch.setenv("WORLD_SIZE", "1")
+        settings = {}
+        for stage, args in STAGES.items():
+            patch.chdir(bundle(stage))
+            check_names(["monai.bundle", "--args_file", str(REPOSITORY / "cluster" / "args" / f"{stage}.json")])
+            given = {name: value for name, value in args.items() if name not in ("config_file", "tracking")}
+            parser = ConfigParser()
+            parser.read_config(args["config_file"])
+            parser.update(given)
+            settings[stage] = {name: parser.get_parsed_content(name) for name in given}
+        return settings
+
+
+def test_every_setting_exists_and_every_expression_is_one(evaluated):
+    assert evaluated["cxr_autoencoder_kl.train"]["batch_size"] == 96
+    assert evaluated["cxr_latent_diffusion.train"]["batch_size"] == 256
+    for stage, settings in evaluated.items():
+        for value in settings.values():
+            assert not isinstance(value, str) or value.startswith(("/data/", "/outputs/")) or "/" not in value, stage
+
+
+def test_each_stage_has_a_folder_of_its_own(evaluated):
+    folders = {stage: s.get("output_dir", s.get("latents_dir")) for stage, s in evaluated.items()}
+    assert folders == {stage: f"/outputs/{stage.replace('.', '/')}" for stage in STAGES}
+    for stage, settings in evaluated.items():
+        if ".train" in stage:
+            assert settings["model_path"] == f"{folders[stage]}/model.pt"
+
+
+def test_what_a_stage_reads_of_outputs_another_stage_writes(evaluated):
+    written = {f"/outputs/{stage.replace('.', '/')}" for stage in STAGES}
+    for stage, settings in evaluated.items():
+        for name, value in settings.items():
+            if isinstance(value, str) and value.startswith("/outputs/"):
+                assert "/".join(value.split("/")[:4]) in written, f"{stage}: {name}"
+
+
+def test_a_training_goes_on_on_any_number_of_gpus_and_is_tracked():
+    for stage, args in STAGES.items():
+        if ".train" in stage:
+            assert args["resume"] is True
+            assert args["config_file"][-1] == "configs/multi_gpu_train.json"
+            assert args["tracking"] == "configs/tracking.json"
+            # not a number: that would be each process's own, and grow with the GPUs
+            assert "batch_per_process" in str(args.get("batch_size", "batch_per_process")), stage
+
+
+def test_a_stage_in_shards_tracks_nothing():
+    """Each of its pods would be a run of its own."""
+    for stage, args in STAGES.items():
+        assert (".train" in stage or ".evaluate" in stage) == ("tracking" in args)
+
+
+def test_no_host_and_no_folder_of_one_site_is_named():
+    for stage, args in STAGES.items():
+        for value in args.values():
+            for text in value if isinstance(value, list) else [value]:
+                assert not str(text).startswith("/"), stage
+                assert "://" not in str(text), stage
