@@ -1,4 +1,11 @@
-"""Images of any format to PNGs of one size, in parallel and restartable: what every dataset's command shares."""
+"""Images of any format to PNGs of one size, in parallel, in shards and restartable: what every command shares.
+
+A target folder has one journal, ``.journal.jsonl``, whose first line is the settings; then comes a line for each file
+that is finished. With ``--shard i/n`` a process does every n-th file and appends to a journal of its own,
+``.journal.i-of-n.<random>.jsonl``: no two processes ever append to one file, not even two that take each other for
+dead and do the same shard. The command without ``--shard`` reads all of them into the first, does what is missing and
+writes the tables, so that any number of shards, finished or not, ends in the bytes that one process writes.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -22,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -35,6 +44,7 @@ from tqdm import tqdm
 
 from medgen.data.datalist import distinct_names, file_stem, printable, write_datalist, write_rejected
 from medgen.data.reader import UnreadableImageError, read_frames
+from medgen.data.shard import parse_shard, shard_of
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
 
@@ -45,10 +55,12 @@ __all__ = [
     "Outcome",
     "Settings",
     "Task",
+    "clear_parts",
     "convert",
     "convert_file",
     "file_key",
     "finish",
+    "finish_shard",
     "main",
     "make_jobs",
     "new_app",
@@ -70,9 +82,11 @@ LONGEST = 8  # sides 1:8 and beyond are strips and scanner bars; with --fit shor
 PNG_OPTIONS = {"compress_level": 6, "compress_type": zlib.Z_RLE}
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 JOURNAL = ".journal.jsonl"
+SHARD_JOURNALS = ".journal.*-of-*.jsonl"
 JOURNAL_VERSION = 1
 INTERRUPTED = 130  # exit code, as of a shell
 PARTS = ".parts"  # unfinished PNGs; on the target's own disk, so that moving one into place is a single step
+TRIES = 5  # of a PNG whose unfinished file another process has cleared away
 
 
 class Fit(StrEnum):
@@ -120,6 +134,10 @@ class Job:
     path: str
     file: str
     stem: str
+
+    def is_made_of(self, used: Sequence[str]) -> bool:
+        """Whether other files that decided an outcome are those that would now, where the job knows them."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -328,20 +346,35 @@ def write_png(image: Image.Image, target: Path, name: str) -> int:
 def write_whole(target: Path, name: str, save: Callable[[Path], object]) -> int:
     """As :func:`write_png`, for any format: ``save`` writes to the path that it is given, of the same suffix."""
     path = target / name
-    part = target / PARTS / f"{os.getpid()}{'.nii.gz' if name.endswith('.nii.gz') else path.suffix}"
-    try:
-        save(part)
-        size = part.stat().st_size
+    # random: the processes of containers that share a folder have equal numbers
+    part = target / PARTS / (secrets.token_hex(8) + (".nii.gz" if name.endswith(".nii.gz") else path.suffix))
+    for left in reversed(range(TRIES)):
         try:
-            os.replace(part, path)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); mend that and run the same command again"
-        ) from error
-    return size
+            save(part)
+            size = part.stat().st_size
+            try:
+                os.replace(part, path)
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(part, path)
+            return size
+        except FileNotFoundError as error:
+            # a merge that was begun while this shard was running has cleared the unfinished files away
+            if not left:
+                raise _cannot_write(path, error) from error
+            with suppress(OSError):
+                part.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written ({error.strerror or error}); mend that and run the same command again")
+
+
+def clear_parts(target: Path) -> None:
+    """Remove what killed processes have left unfinished; only who finishes the target may, not a shard among others."""
+    shutil.rmtree(target / PARTS, ignore_errors=True)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -427,41 +460,44 @@ def make_jobs(source: Path, files: Iterable[str], names: Iterable[str] | None = 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the journal: one line of settings, then one line for each file that is finished
+# the journals: one line of settings, then one line for each file that is finished
 
 
-def prepare_target(source: Path, target: Path, settings: Task, *, inside: bool = False, folder: str = "images") -> None:
-    """Make the target folder, or see that it was begun by the same command.
+def prepare_target(
+    source: Path | None, target: Path, settings: Task, *, inside: bool = False, folder: str = "images"
+) -> None:
+    """Make the target folder, or see that it was begun by the same command; many processes may do so at once.
 
     Args:
-        source: folder of the source files.
+        source: folder of the source files; None if they are not of one folder, and each job tells its own.
         target: folder of the converted dataset.
         settings: what decides the pixels.
         inside: whether the target may lie inside the source, since a datalist and no listing says what is read.
-        folder: of the files written, below the target.
+        folder: of the files written, below the target; "" for the target itself, which may then hold files already.
 
     Raises:
         UserError: if the target lies inside the source, cannot be written to, was made with other settings, or holds
             files that no such command made.
     """
-    source, target = source.resolve(), target.resolve()
-    if (target.is_relative_to(source) and not inside) or source.is_relative_to(target / folder):
+    source, target = source and source.resolve(), target.resolve()
+    if source and ((target.is_relative_to(source) and not inside) or source.is_relative_to(target / folder)):
         raise UserError(f"--target must lie outside of --source {source}, got {target}; choose another folder")
     journal = target / JOURNAL
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target):
             pass
-        head = {"version": JOURNAL_VERSION, "source": str(source), **asdict(settings)}
+        head = {"version": JOURNAL_VERSION, "source": str(source or ""), **asdict(settings)}
         head = json.loads(json.dumps(head))
+        # looked for before the journal, which another shard that starts just now makes before the folder
+        foreign = [name for name in (folder, "datalist.json") if name and (target / name).exists()]
         if not journal.exists():
-            foreign = [name for name in (folder, "datalist.json") if (target / name).exists()]
             if foreign:
                 raise UserError(
                     f"--target must be empty or begun by this command, got {target} with {' and '.join(foreign)} "
                     "of another origin; choose another folder"
                 )
-            atomic_write_text(journal, json.dumps(head) + "\n")
+            _write_first(journal, json.dumps(head) + "\n")
         with open(journal, encoding="utf-8") as file:
             before = _parsed(file.readline()) or {}
     except OSError as error:
@@ -472,9 +508,23 @@ def prepare_target(source: Path, target: Path, settings: Task, *, inside: bool =
     if other:
         told = ", ".join(f"{name} {_told(before.get(name))} (now {_told(head[name])})" for name in other)
         raise UserError(f"{target} was made with other settings: {told}; choose another --target or delete it")
-    shutil.rmtree(target / PARTS, ignore_errors=True)
     for made in (target / PARTS, target / folder):
         made.mkdir(exist_ok=True)
+
+
+def _write_first(path: Path, text: str) -> None:
+    """Write a file whole unless another process was first, whose file then counts; on network disks, too."""
+    ready = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        ready.write_text(text, encoding="utf-8")
+        try:
+            os.link(ready, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a disk that knows no links: of several at once the last one counts
+            os.replace(ready, path)
+    finally:
+        ready.unlink(missing_ok=True)
 
 
 def _told(value: Any) -> str:
@@ -508,9 +558,11 @@ def file_key(path: str | Path) -> tuple[int, int] | None:
     return sum(size for _, size, _ in listing), int.from_bytes(digest[:6])
 
 
-def _holds(outcome: Outcome, path: str, target: Path) -> bool:
+def _holds(outcome: Outcome, job: Job, target: Path) -> bool:
     """Whether the source is still the one that was converted, and its PNGs still what was written."""
-    if outcome.key is None or file_key(path) != outcome.key:
+    if outcome.key is None or file_key(job.path) != outcome.key:
+        return False
+    if not job.is_made_of([path for path, *_ in outcome.used]):
         return False
     if any((file_key(used) or (None, None)) != (size, changed) for used, size, changed, *_ in outcome.used):
         return False
@@ -518,35 +570,58 @@ def _holds(outcome: Outcome, path: str, target: Path) -> bool:
     return [status and status[0] for status in found] == list(outcome.bytes)
 
 
+def _records(target: Path) -> Iterator[tuple[str, str, Outcome]]:
+    """Line, stem and outcome of all that is in the journals: the first one, then those of shards."""
+    for journal in (target / JOURNAL, *sorted(target.glob(SHARD_JOURNALS))):
+        # one that vanishes has been merged; its files are looked at again
+        with suppress(FileNotFoundError), open(journal, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                entry = _parsed(line)
+                if entry is None or "file" not in entry:  # torn, or the settings
+                    continue
+                stem = entry.pop("stem")
+                # JSON has no tuples
+                outcome = Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+                yield line.rstrip("\n") + "\n", stem, outcome
+
+
 def _finished(jobs: Sequence[Job], target: Path) -> dict[str, Outcome]:
-    """Outcomes of an earlier run that still hold; what the others wrote is removed, the journal is tidied."""
+    """Outcomes of earlier runs that still hold, of any shards."""
+    by_file = {job.file: job for job in jobs}
+    kept: dict[str, Outcome] = {}
+    for _, stem, outcome in _records(target):
+        job = by_file.get(outcome.file)
+        if job is not None and job.stem == stem and _holds(outcome, job, target):
+            kept[outcome.file] = outcome
+    return kept
+
+
+def _merged(jobs: Sequence[Job], target: Path) -> dict[str, Outcome]:
+    """As :func:`_finished`, of all files: what the other outcomes wrote is removed, the journals become one."""
     by_file = {job.file: job for job in jobs}
     kept: dict[str, tuple[Outcome, str]] = {}
     stale: set[str] = set()
     gone: set[str] = set()
-    with open(target / JOURNAL, encoding="utf-8") as file:
-        head = file.readline()
-        for line in file:
-            entry = _parsed(line)
-            if entry is None or "file" not in entry:
-                continue
-            stem = entry.pop("stem")
-            # JSON has no tuples
-            outcome = Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
-            job = by_file.get(outcome.file)
-            if job is not None and job.stem == stem and _holds(outcome, job.path, target):
-                kept[outcome.file] = outcome, line
-            else:
-                stale.update(outcome.images)
-                if job is None and outcome.images:
-                    gone.add(outcome.file)
+    shards = sorted(target.glob(SHARD_JOURNALS))
+    for line, stem, outcome in _records(target):
+        job = by_file.get(outcome.file)
+        if job is not None and job.stem == stem and _holds(outcome, job, target):
+            kept[outcome.file] = outcome, line
+        else:
+            stale.update(outcome.images)
+            if job is None and outcome.images:
+                gone.add(outcome.file)
     # a source may be gone, or have fewer frames now: what it left must not be taken for an image of the dataset
     for image in stale.difference(*(outcome.images for outcome, _ in kept.values())):
         if not Path(image).is_absolute() and ".." not in Path(image).parts:  # a target may come from elsewhere
             (target / image).unlink(missing_ok=True)
     if gone:
         print(f"note: removed the results of files that are not asked for any more: {len(gone)}", file=sys.stderr)
+    with open(target / JOURNAL, encoding="utf-8") as file:
+        head = file.readline()
     atomic_write_text(target / JOURNAL, head + "".join(line for _, line in kept.values()))
+    for journal in shards:
+        journal.unlink(missing_ok=True)
     return {file: outcome for file, (outcome, _) in kept.items()}
 
 
@@ -554,41 +629,51 @@ def _finished(jobs: Sequence[Job], target: Path) -> dict[str, Outcome]:
 # many files
 
 
-def convert(jobs: Sequence[Job], settings: Task, target: Path, workers: int) -> dict[str, Outcome]:
+def convert(
+    jobs: Sequence[Job], settings: Task, target: Path, workers: int, shard: str | None = None
+) -> dict[str, Outcome]:
     """Convert files with a pool of processes; those that an earlier run finished are passed over.
 
     Args:
-        jobs: the files.
+        jobs: the files, all of them in the same order for every shard.
         settings: how the PNGs shall look; the target must have been prepared for them.
         target: folder of the converted dataset.
         workers: processes.
+        shard: ``i/n``, the part of the files to do; None does all, with what shards have done.
 
     Returns:
-        Outcome per file, in the order of ``jobs`` whatever the number of workers.
+        Outcome per file (of the shard), in the order of ``jobs`` whatever the number of workers.
 
     Raises:
         UserError: if the target cannot be written to any more.
         KeyboardInterrupt: after the files at work are finished; every PNG is whole then.
     """
-    outcomes = _finished(jobs, target)
+    if shard is None:
+        outcomes = _merged(jobs, target)
+        path = target / JOURNAL
+    else:
+        jobs = shard_of(jobs, shard)
+        outcomes = _finished(jobs, target)
+        path = target / f".journal.{shard.replace('/', '-of-')}.{secrets.token_hex(8)}.jsonl"
     todo = [job for job in jobs if job.file not in outcomes]
     stems = {job.file: job.stem for job in todo}
-    slow_log = not sys.stderr.isatty()
-    with (
-        open(target / JOURNAL, "a", encoding="utf-8", buffering=1) as journal,
-        tqdm(
-            total=len(jobs), initial=len(outcomes), unit="file", desc="converting", mininterval=15 if slow_log else 0.2
-        ) as bar,
-    ):
+    seconds = 0.2 if sys.stderr.isatty() else 15
+    with tqdm(
+        total=len(jobs), initial=len(outcomes), unit="file", desc="converting", mininterval=seconds, disable=not todo
+    ) as bar:
 
         def record(outcome: Outcome) -> None:
             outcomes[outcome.file] = outcome
             if outcome.final:
-                journal.write(json.dumps({"stem": stems[outcome.file], **asdict(outcome)}) + "\n")
+                try:
+                    journal.write(json.dumps({"stem": stems[outcome.file], **asdict(outcome)}) + "\n")
+                except OSError as error:
+                    raise _cannot_write(path, error) from error
             bar.update()
 
         if todo:
-            _pool(todo, settings, str(target), workers, record)
+            with open(path, "a", encoding="utf-8", buffering=1) as journal:
+                _pool(todo, settings, str(target), workers, record)
     return {job.file: outcomes[job.file] for job in jobs}
 
 
@@ -686,7 +771,7 @@ def finish(
     Raises:
         UserError: if there is no image at all.
     """
-    shutil.rmtree(target / PARTS, ignore_errors=True)
+    clear_parts(target)
     reasons = target / "rejected.csv"
     write_rejected(reasons, rejected)
     images = sum(len(items) for items in splits.values())
@@ -701,6 +786,25 @@ def finish(
     why = f" (reasons: {reasons})" if rejected else ""
     print(
         f"wrote {images} images, rejected {len(rejected)} files{why}; datalist: {target / 'datalist.json'}", flush=True
+    )
+    return 3 if rejected else 0
+
+
+def finish_shard(outcomes: Mapping[str, Outcome], shard: str) -> int:
+    """Say what a shard has done; tables are for who has seen all files.
+
+    Args:
+        outcomes: of the shard's files.
+        shard: which one.
+
+    Returns:
+        The exit code: 0, or 3 if something was rejected.
+    """
+    rejected = sum(bool(outcome.reason) for outcome in outcomes.values())
+    print(
+        f"shard {shard}: {len(outcomes)} files are done, {rejected} of them rejected; when all shards are, the same "
+        "command without --shard merges them",
+        flush=True,
     )
     return 3 if rejected else 0
 
@@ -735,7 +839,7 @@ def new_steps(steps: Sequence[Callable[..., int]], description: str) -> typer.Ty
 
 
 def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
-    """Run a command; mistakes are one line ``error: …`` on stderr.
+    """Run a command; mistakes are one line ``error: …`` on stderr, and SIGTERM interrupts it as Ctrl-C does.
 
     Args:
         app: the command.
@@ -744,6 +848,9 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    # The first process of a container would ignore SIGTERM, and be killed only when its grace period is over.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main_thread else None
     try:
         code = app(args=arguments, standalone_mode=False) or 0
     except UserError as error:
@@ -757,6 +864,9 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {one_line(error.format_message())} (--help lists the options)", file=sys.stderr)
         return 2
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, before)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code, or into an exception, depending on its version
         print("error: interrupted; the same command again goes on from here", file=sys.stderr)
     return code
@@ -766,6 +876,14 @@ def _two_depths(bits: int) -> int:
     if bits not in (8, 16):
         raise typer.BadParameter(f"expected 8 or 16, got {bits}")
     return bits
+
+
+def _known_shard(text: str | None) -> str | None:
+    try:
+        part = parse_shard(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
+    return part and f"{part[0]}/{part[1]}"
 
 
 def _default_workers() -> int:
@@ -790,6 +908,16 @@ SplitOption = Annotated[
     typer.Option(metavar="TRAIN VAL TEST", help="Shares of the images; patients are never divided."),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Processes; default: the cores this process may use.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        callback=_known_shard,
+        metavar="I/N",
+        help="Convert every N-th file only, from number I (0 to N - 1), as one of N processes that share the target; "
+        "then the same command without it merges them.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the split.")]
 DEFAULT_WORKERS = _default_workers()
 DEFAULT_SPLIT = (0.8, 0.1, 0.1)

@@ -11,6 +11,9 @@ published generators of this dataset were trained on all; ``--view PA`` keeps th
 
 Rows without an image, images without a row and rows whose name is a path are listed in ``TARGET/rejected.csv``.
 
+With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processes converts its part of the files; the
+same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
+
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
 usage; 130 interrupted.
 """
@@ -136,6 +139,7 @@ def convert_chestxray14(
     ] = True,
     split: c.SplitOption = c.DEFAULT_SPLIT,
     workers: c.Workers = c.DEFAULT_WORKERS,
+    shard: c.ShardOption = None,
     seed: c.Seed = 0,
 ) -> int:
     """Convert the dataset and write its datalist; see the head of this module.
@@ -193,7 +197,9 @@ def convert_chestxray14(
     # images/00012/00012345_006.png, however the archives were unpacked: 31 folders instead of 112,120 files in one
     jobs = c.make_jobs(source, files, [f"{wanted[file][:5]}/{wanted[file]}" for file in files])
     c.prepare_target(source, target, settings)
-    outcomes = c.convert(jobs, settings, target, workers)
+    outcomes = c.convert(jobs, settings, target, workers, shard)
+    if shard:
+        return c.finish_shard(outcomes, shard)
     rejected |= {file: outcome.reason for file, outcome in outcomes.items() if outcome.reason}
     parts: dict[str, list[dict[str, Any]]] = {"all": [], "train_val": [], "test": []}
     for file, outcome in outcomes.items():

@@ -35,6 +35,9 @@ else of their patients: nothing may learn from what is anomalous.
 --dataset_dir is where the paths of the source's datalist start from, if not from its folder; preprocessing.split prints
 it.
 
+With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processes converts its part of the files; the
+same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
+
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
 usage; 130 interrupted.
 """
@@ -541,6 +544,7 @@ def corrupt_dataset(
     contrast: Annotated[float, typer.Option(help="Of inserts, above 0 to 1.")] = 1.0,
     fluid: Annotated[float, typer.Option(help="Grey of ascites, 0 to 1.")] = FLUID,
     workers: c.Workers = c.DEFAULT_WORKERS,
+    shard: c.ShardOption = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     name: Annotated[str, typer.Option(help="Dataset's name in the datalist; default: the target folder's.")] = "",
 ) -> int:
@@ -560,7 +564,9 @@ def corrupt_dataset(
     files = sorted(rows, key=natural_key)
     jobs = c.make_jobs(root, files, [file.removeprefix("images/") for file in files])
     c.prepare_target(root, target, task, inside=dataset_dir is not None)
-    outcomes = c.convert(jobs, task, target, workers)
+    outcomes = c.convert(jobs, task, target, workers, shard)
+    if shard:
+        return c.finish_shard(outcomes, shard)
 
     # job.file is the printable form of the path
     by_image = {file: outcomes[job.file] for file, job in zip(files, jobs, strict=True)}

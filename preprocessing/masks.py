@@ -10,6 +10,11 @@ Written are ``TARGET/masks`` (PNGs of 0 and 255, of the images' sizes), ``TARGET
 images that have a mask, in their splits, and ``TARGET/rejected_masks.csv``. The image must be all of the radiograph
 that the mask was drawn on (``--fit shorter``): one whose sides have another ratio is rejected.
 
+The same command again does what is missing or has changed.
+
+With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processes converts its part of the files; the
+same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
+
 Exit codes: 0 all went well; 3 the datalist was written, but masks were missing or rejected; 1 nothing could be
 written; 2 wrong usage; 130 interrupted.
 """
@@ -36,15 +41,14 @@ from medgen.data.datalist import (
     write_datalist,
     write_rejected,
 )
-from medgen.data.image_set import image_reason
 from medgen.data.masked import mask_level
 from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.errors import UserError
-from medgen.output import atomic_file
 from preprocessing import _convert as c
 
 __all__ = ["add_masks", "app", "read_mask"]
 
+FOLDER = "masks"
 RATIO_TOLERANCE = 0.02  # of height to width: rounding to whole pixels makes 1 / side
 
 
@@ -80,14 +84,34 @@ def _fitted(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 0
 
 
-def _write(mask: np.ndarray, path: Path) -> None:
-    try:
-        with atomic_file(path) as file:
-            Image.fromarray(mask.astype(np.uint8) * 255).save(file, format="PNG", **c.PNG_OPTIONS)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); mend that and run the same command again"
-        ) from error
+@dataclass(frozen=True)
+class _MaskJob(c.Job):
+    """An image and its masks, one of each folder."""
+
+    masks: tuple[str, ...]
+
+    def is_made_of(self, used: Sequence[str]) -> bool:
+        """Whether the image still has the same masks."""
+        return list(used) == list(self.masks)
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """The task."""
+
+    dataset: str
+
+    def convert(self, job: _MaskJob, target: Path) -> c.Outcome:
+        """Unite the masks of one image."""
+        used = tuple((path, *(c.file_key(path) or (None, None))) for path in job.masks)
+        try:
+            height, width = read_frames(job.path)[0].pixels.shape[:2]
+            mask = np.logical_or.reduce([_fitted(read_mask(Path(path)), (width, height)) for path in job.masks])
+        except UnreadableImageError as error:
+            return c.Outcome(job.file, reason=c.one_line(error), used=used)
+        name = f"{job.stem}.png"
+        size = c.write_png(Image.fromarray(mask.astype(np.uint8) * 255), target, name)
+        return c.Outcome(job.file, images=(name,), bytes=(size,), used=used)
 
 
 def _key(path: str) -> str:
@@ -144,6 +168,8 @@ def add_masks(
     skip: Annotated[
         Path | None, typer.Option(help="Text file of images to leave out, a name without suffix a line.")
     ] = None,
+    workers: c.Workers = c.DEFAULT_WORKERS,
+    shard: c.ShardOption = None,
 ) -> int:
     """Write masks and the datalist that has them; see the head of this module.
 
@@ -167,41 +193,49 @@ def add_masks(
     names = [image.removeprefix("images/") for image in images]
     keys = [_key(name) for name in names]
     same_stem = Counter(posixpath.basename(key) for key in keys)
-    places = [f"masks/{name}.png" for name in distinct_names(keys, names, images)]
+    stems = distinct_names(keys, names, images)
     taken = {image.casefold() for image in images}
-    for image, place in zip(images, places, strict=True):
+    for image, place in zip(images, (f"{FOLDER}/{stem}.png" for stem in stems), strict=True):
         if place.casefold() in taken:
             raise UserError(
                 f"the mask of {image} would lie where an image is, {place}; rename the folder of that image"
             )
 
-    rejected: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     used: set[Path] = set()
-    with_mask: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
-    pairs = ((name, item) for name, items in splits.items() for item in items)
-    for (name, item), key, place in zip(pairs, keys, places, strict=True):
-        stem = posixpath.basename(key)
+    jobs: list[c.Job] = []
+    everything = [(name, item) for name, items in splits.items() for item in items]
+    for (_, item), key, stem in zip(everything, keys, stems, strict=True):
+        base, image = posixpath.basename(key), item["image"]
         found = [files for folder in folders if (files := folder.of(key))]
         used.update(*found)
-        try:
-            if stem in left_out:
-                raise UnreadableImageError(f"left out by {skip.name}")
-            if not found:
-                raise UnreadableImageError(f"no mask named {stem}{postfix}")
-            for files in found:
-                if len(files) > 1:
-                    raise UnreadableImageError(f"{len(files)} masks have its name, {files[0]} and {files[1]}")
-            if same_stem[stem] > 1 and not all(key in folder.by_path for folder in folders if folder.of(key)):
-                raise UnreadableImageError(
-                    f"{same_stem[stem]} images are named {stem}: their masks must lie in folders as theirs, {key}"
-                )
-            height, width = read_frames(target / item["image"])[0].pixels.shape[:2]
-            mask = np.logical_or.reduce([_fitted(read_mask(file), (width, height)) for (file,) in found])
-        except Exception as error:  # one odd file must not stop the rest
-            rejected[item["image"]] = image_reason(error)
-            continue
-        _write(mask, target / place)
-        with_mask[name].append({**item, "mask": place})
+        several = next((files for files in found if len(files) > 1), None)
+        if base in left_out:
+            reasons[image] = f"left out by {skip.name}"
+        elif not found:
+            reasons[image] = f"no mask named {base}{postfix}"
+        elif several:
+            reasons[image] = f"{len(several)} masks have its name, {several[0]} and {several[1]}"
+        elif same_stem[base] > 1 and not all(key in folder.by_path for folder in folders if folder.of(key)):
+            reasons[image] = (
+                f"{same_stem[base]} images are named {base}: their masks must lie in folders as theirs, {key}"
+            )
+        else:
+            paths = tuple(str(file.resolve()) for (file,) in found)
+            jobs.append(_MaskJob(str(target / image), image, stem, paths))
+    task = _Masks("masks")
+    c.prepare_target(None, target / FOLDER, task, folder="")
+    outcomes = c.convert(jobs, task, target / FOLDER, workers, shard)
+    if shard:
+        return c.finish_shard(outcomes, shard)
+    c.clear_parts(target / FOLDER)
+    reasons |= {image: outcome.reason for image, outcome in outcomes.items() if outcome.reason}
+
+    with_mask: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
+    for name, item in everything:
+        if item["image"] not in reasons:
+            with_mask[name].append({**item, "mask": f"{FOLDER}/{outcomes[item['image']].images[0]}"})
+    rejected = {item["image"]: reasons[item["image"]] for _, item in everything if item["image"] in reasons}
     lost = [file for folder in folders for files in folder.by_path.values() for file in files if file not in used]
     rejected |= dict.fromkeys(map(str, lost), "a mask of no image of the datalist")
 

@@ -31,6 +31,10 @@ same command again goes on where it was interrupted, does what is new or has cha
 that is gone. The last two steps start anew when TARGET/sections or TARGET/sentences is deleted; create_ids, when
 TARGET/datalist.json is.
 
+With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processes does its part of a step, create_ids
+excepted; the same command without --shard then does what is missing and writes the tables, the same bytes as one
+process alone.
+
 Exit codes: 0 all went well; 3 the step is finished, but files were rejected; 1 nothing could be written; 2 wrong usage;
 130 interrupted.
 """
@@ -42,7 +46,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import sys
 import zipfile
 import zlib
@@ -209,7 +212,13 @@ class _Images(c.Settings):
         return c.Outcome(job.file, images=(name,), bytes=(c.write_png(png, target, name),))
 
 
-def organise(source: c.Source, target: c.Target, size: c.Size = 512, workers: c.Workers = c.DEFAULT_WORKERS) -> int:
+def organise(
+    source: c.Source,
+    target: c.Target,
+    size: c.Size = 512,
+    workers: c.Workers = c.DEFAULT_WORKERS,
+    shard: c.ShardOption = None,
+) -> int:
     """Every JPEG and DICOM file of the studies to a grey PNG whose shorter side is --size.
 
     Where a study has an image as JPEG and as DICOM, the JPEG is taken, as MIMIC-CXR-JPG's tables describe it, and the
@@ -248,8 +257,10 @@ def organise(source: c.Source, target: c.Target, size: c.Size = 512, workers: c.
             dicom = str(source / dicoms[name]) if name in dicoms else ""
             jobs[number] = _JpegJob(job.path, job.file, job.stem, dicom)
     c.prepare_target(source, target, settings)
-    outcomes = c.convert(jobs, settings, target, workers)
-    shutil.rmtree(target / c.PARTS, ignore_errors=True)
+    outcomes = c.convert(jobs, settings, target, workers, shard)
+    if shard:
+        return c.finish_shard(outcomes, shard)
+    c.clear_parts(target)
     rejected |= {file: outcome.reason for file, outcome in outcomes.items() if outcome.reason}
     code = _leave(target, "organise", rejected)
     images = sum(len(outcome.images) for outcome in outcomes.values())
@@ -602,6 +613,7 @@ def sections(
         ),
     ] = None,
     workers: c.Workers = c.DEFAULT_WORKERS,
+    shard: c.ShardOption = None,
 ) -> int:
     """Cut the reports into their sections.
 
@@ -630,8 +642,10 @@ def sections(
         task = _Sections(task.dataset, str(overrides.resolve()), digest)
     folder = target / "sections"
     c.prepare_target(place, folder, task, folder="files")
-    outcomes = c.convert([jobs[stem] for stem in sorted(jobs, key=natural_key)], task, folder, workers)
-    shutil.rmtree(folder / c.PARTS, ignore_errors=True)
+    outcomes = c.convert([jobs[stem] for stem in sorted(jobs, key=natural_key)], task, folder, workers, shard)
+    if shard:
+        return c.finish_shard(outcomes, shard)
+    c.clear_parts(folder)
     rows = [row for outcome in outcomes.values() for row in outcome.items]
     _write_csv(folder / "mimic_cxr_sectioned.csv", ("study", *SECTIONED), rows)
     _write_csv(folder / "mimic_cxr_sections.csv", ("study", "caption"), (row for row in rows if row["caption"]))
@@ -708,6 +722,7 @@ def sentences(
     ] = SplitterKind.auto,
     labels: Annotated[bool, typer.Option("--labels", help="Add template sentences for the CheXpert labels.")] = False,
     workers: c.Workers = c.DEFAULT_WORKERS,
+    shard: c.ShardOption = None,
 ) -> int:
     """Cut the reports of the datalist's images into sentences and add them to the datalist.
 
@@ -741,8 +756,10 @@ def sentences(
     folder = target / "sentences"
     # not the folder of the sections: the target may be moved
     c.prepare_target(Path(sectioned["settings"]["reports"]), folder, task, folder="files")
-    outcomes = c.convert(jobs, task, folder, workers)
-    shutil.rmtree(folder / c.PARTS, ignore_errors=True)
+    outcomes = c.convert(jobs, task, folder, workers, shard)
+    if shard:
+        return c.finish_shard(outcomes, shard)
+    c.clear_parts(folder)
 
     files = {match[1]: file for file in sectioned["rejected"] if (match := REPORT_FILE.search(file))}
     rejected: dict[str, str] = {}

@@ -18,11 +18,13 @@ __all__ = ["COMMANDS", "app"]
 # Subcommand -> module that holds it as ``app``, a typer.Typer of one command or of several. ``medgen --help`` imports
 # them all for their help lines: what needs torch or MLflow belongs into their functions' bodies.
 COMMANDS = {
+    "check": "medgen.check",
     "convert": "medgen.convert.command",
     "features": "medgen.cli_features",
     "phantom": "medgen.data.phantom.command",
     "registry": "medgen.cli_registry",
     "report": "medgen.report.command",
+    "stage": "medgen.data.stage",
     "tracking": "medgen.tracking.command",
 }
 

@@ -371,6 +371,7 @@ def test_full_disk_stops_the_run_instead_of_rejecting_every_file(source, tmp_pat
     settings, target = c.Settings("x", 16), tmp_path / "target"
     c.prepare_target(source, target, settings)
     (target / c.PARTS).rmdir()
+    (target / c.PARTS).touch()
 
     with pytest.raises(UserError, match="cannot be written"):
         c.convert_file(c.make_jobs(source, ["p1.png"])[0], settings, str(target))
