@@ -150,18 +150,22 @@ def keep_run_name(output_dir: str | Path, name: str) -> None:
 
 
 def git_revision() -> str:
-    """Commit of the checkout that this package runs from, with ``+changes`` if it is not clean; "" outside one."""
+    """Commit of the checkout that this package runs from, with ``+changes`` if it is not clean.
+
+    Outside one it is what MEDGEN_REVISION says, which the container image sets, or "".
+    """
+    outside = os.environ.get("MEDGEN_REVISION", "")
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:
         # installed below somebody else's repository, this package is not part of it
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
         if tracked.returncode:
-            return ""
+            return outside
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return outside
     return commit + ("+changes" if dirty.stdout.strip() else "")
 
 
