@@ -32,6 +32,7 @@ from monai.transforms import Randomizable
 
 from medgen.errors import find_user_error
 from medgen.networks import LatentGenerator
+from medgen.preemption import AGAIN
 
 # imported once for all programs: what any of them imports, and no more than that
 PRELOADED = [
@@ -203,16 +204,39 @@ def finish(process: Forked | subprocess.Popen) -> str:
     return output
 
 
-def kill_after_next_checkpoint(process: Forked, output_dir: Path, rng: random.Random) -> None:
-    """SIGKILL at a random moment within the 0.4 seconds after the next checkpoint was written."""
+def _wait_for_next_checkpoint(process: Forked, output_dir: Path, rng: random.Random) -> None:
+    """Until a random moment within the 0.4 seconds after the next checkpoint was written."""
     checkpoint = output_dir / "checkpoints" / "last.pt"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.4))
     assert process.poll() is None, "the training was over before it could be killed"
+
+
+def kill_after_next_checkpoint(process: Forked, output_dir: Path, rng: random.Random) -> None:
+    """SIGKILL at a random moment within the 0.4 seconds after the next checkpoint was written."""
+    _wait_for_next_checkpoint(process, output_dir, rng)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def terminate_after_next_checkpoint(process: Forked, output_dir: Path, rng: random.Random, to_all: bool = True) -> None:
+    """SIGTERM at such a moment, after which a training ends by itself, with a checkpoint.
+
+    Args:
+        process: the training.
+        output_dir: its own.
+        rng: of the moment.
+        to_all: as SLURM sends it, to the data loaders' workers as well; else, as Kubernetes, to the process alone.
+    """
+    _wait_for_next_checkpoint(process, output_dir, rng)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == AGAIN, output
+    assert len(re.findall("stopped by SIGTERM after a checkpoint at .* images; the same command", output)) == 1, output
+    assert "Traceback" not in output
+    assert "ERROR" not in output
 
 
 def state(output_dir: Path) -> dict:
@@ -282,6 +306,35 @@ def assert_resumes(generate: Callable[..., Any], folder: Path) -> None:
         return {str(p.relative_to(of)): p.read_bytes() for p in of.rglob("*") if p.is_file()}
 
     assert content(folder / "killed") == content(folder / "whole")
+
+
+def assert_shards_merge(run_in: Callable[..., Any], folder: Path, tables: list[str]) -> None:
+    """That four shards, in any order and one of them twice, and what merges them leave the files of one process.
+
+    Args:
+        run_in: runs a config into an output folder, with settings.
+        folder: for the test.
+        tables: files that the merging run writes and no shard does.
+    """
+    out, whole = folder / "out", folder / "whole"
+    run_in(out)
+    out.rename(whole)  # datalists hold the name of the output folder
+    for shard in ("2/4", "0/4", "1/4", "0/4", "3/4"):
+        run_in(out, shard=shard)
+        assert [table for table in tables if (out / table).exists()] == [], shard
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    run_in(out, resume="true")
+    assert set(tables) < set(files_in(out))
+    assert_same_files(out, whole)
+    again = [path.name for path, time_ns in times.items() if path.stat().st_mtime_ns != time_ns]
+    assert set(again) <= {"generation.json", "latents.json", "rejected.csv"}  # nothing is made twice
+
+
+def assert_same_files(a: Path, b: Path) -> None:
+    """That two folders hold the same files with the same bytes."""
+    found, expected = files_in(a), files_in(b)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
 
 
 def search_killed_twice(

@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from PIL import Image
-from running import assert_one_line
+from running import assert_one_line, assert_shards_merge
 
 from medgen.data import write_datalist
 from medgen.errors import find_user_error
@@ -146,6 +146,17 @@ def test_scoring_alone_gives_the_same_scores(make, inferred, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["n_anomalous"] == 3
     assert "auroc_mse_full" in metrics
+
+
+def test_shards_of_scores_leave_the_files_of_one_process(make, inferred, tmp_path):
+    folders = {f"{kind}_dir": str(inferred / f"{kind}s") for kind in ("reconstruction", "projection")}
+
+    def score(output_dir, **shard):
+        run(make("score", output_dir, **folders, **shard))
+
+    tables = ["scores.csv", "detection.csv", "metrics.json", "images/roc.png", "images/scored.png"]
+    assert_shards_merge(score, tmp_path, tables)
+    assert read(tmp_path / "out/scores.csv") == read(inferred / "scores.csv")
 
 
 def test_any_two_folders_can_be_scored(make, tmp_path):
@@ -324,7 +335,7 @@ def test_projection_settings_are_the_same_everywhere():
     shared = {name: value for name, value in project.items() if not isinstance(value, dict | list)} | {
         "imports": project["imports"]
     }
-    for config, missing in ((inference, set()), (evaluate, {"input_dir", "rejected"})):
+    for config, missing in ((inference, set()), (evaluate, {"input_dir", "rejected", "is_shard", "part"})):
         assert {n: config.get(n) for n in shared if n not in own | missing} == {
             n: v for n, v in shared.items() if n not in own | missing
         }

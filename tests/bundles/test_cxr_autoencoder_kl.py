@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import piq
@@ -17,6 +19,7 @@ from PIL import Image
 from running import (
     assert_one_line,
     assert_same_training,
+    assert_shards_merge,
     command,
     finish,
     kill_after_next_checkpoint,
@@ -25,6 +28,7 @@ from running import (
     start,
     start_afresh,
     state,
+    terminate_after_next_checkpoint,
 )
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "cxr_autoencoder_kl"
@@ -39,11 +43,9 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_weight
     running = start(BUNDLE, command(TRAIN, undisturbed, **settings))
     seed = int(time.time())
     print(f"seed of the kills: {seed}")
-    rng, kills = random.Random(seed), 0
-    while kills < 2:
-        process = start(BUNDLE, command(TRAIN, killed, **settings))
-        kill_after_next_checkpoint(process, killed, rng)
-        kills += 1
+    rng = random.Random(seed)
+    for interrupt in (kill_after_next_checkpoint, terminate_after_next_checkpoint):
+        interrupt(start(BUNDLE, command(TRAIN, killed, **settings)), killed, rng)
     assert "resumed from" in finish(start_afresh(BUNDLE, command(TRAIN, killed, **settings)))
     finish(running)
     assert state(undisturbed)["images_seen"] == 6 * 4
@@ -245,7 +247,13 @@ def test_reconstructions_and_latents_of_a_folder_are_written_upright(datalist, w
     pixels = np.zeros((80, 100), np.uint8)
     pixels[:40, :50] = 200  # the upper left quarter
     Image.fromarray(pixels).save(pictures / "quarter.png")
-    run(workflow(BUNDLE, "inference", tmp_path, input_dir=str(pictures), image_size=64))
+
+    def infer(output_dir: Path, **settings: Any) -> None:
+        run(workflow(BUNDLE, "inference", output_dir, model_path=model, image_size=64, **settings))
+
+    model = str(tmp_path / "models" / "model.pt")
+    infer(tmp_path, input_dir=str(pictures))
+    assert_shards_merge(partial(infer, split="training"), tmp_path / "shards", [])
     reconstruction = np.asarray(Image.open(tmp_path / "reconstructions" / "quarter.png")).astype(float)
     mean, std = (np.load(tmp_path / "latents" / f"quarter_{name}.npy") for name in ("mean", "std"))
     assert reconstruction.shape == (64, 64)

@@ -20,6 +20,7 @@ from running import (
     start,
     start_afresh,
     state,
+    terminate_after_next_checkpoint,
 )
 
 from medgen.data import derive_seed
@@ -35,7 +36,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.slow(reason="starts four trainings as processes; importing MONAI alone takes seconds in each")
+@pytest.mark.slow(reason="starts five trainings as processes; importing MONAI alone takes seconds in each")
 def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_state(stage, datalist, ingredients, tmp_path):
     needed = {name: value for name, value in ingredients(BUNDLE).items() if name in json.loads(config_of(stage))}
     settings = {**STAGES[stage], **needed, "checkpoint_interval": 1, "resume": "true"}
@@ -46,7 +47,9 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_state(
     running = start(BUNDLE, command(config_file, undisturbed, **settings))
     seed = int(time.time())
     print(f"seed of the kills: {seed}")
-    kill_after_next_checkpoint(start(BUNDLE, command(config_file, killed, **settings)), killed, random.Random(seed))
+    rng = random.Random(seed)
+    for interrupt in (kill_after_next_checkpoint, terminate_after_next_checkpoint):
+        interrupt(start(BUNDLE, command(config_file, killed, **settings)), killed, rng)
     assert "resumed from" in finish(start_afresh(BUNDLE, command(config_file, killed, **settings)))
     finish(running)
     assert state(undisturbed)["images_seen"] == 32

@@ -24,6 +24,7 @@ from running import (
     start,
     start_afresh,
     state,
+    terminate_after_next_checkpoint,
 )
 
 from medgen.data.image_set import file_sha256
@@ -74,8 +75,8 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_state(
     seed = int(time.time())
     print(f"seed of the kills: {seed}")
     rng = random.Random(seed)
-    for _ in range(2):
-        kill_after_next_checkpoint(start(BUNDLE, command(TRAIN, killed, **settings)), killed, rng)
+    for interrupt in (kill_after_next_checkpoint, terminate_after_next_checkpoint):
+        interrupt(start(BUNDLE, command(TRAIN, killed, **settings)), killed, rng)
     assert "resumed from" in finish(start_afresh(BUNDLE, command(TRAIN, killed, **settings)))
     finish(running)
     assert state(undisturbed)["images_seen"] == 32

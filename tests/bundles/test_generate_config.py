@@ -10,7 +10,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image, ImageSequence
-from running import assert_resumes, assert_same_levels, assert_synthetic_dicom
+from running import assert_resumes, assert_same_levels, assert_shards_merge, assert_synthetic_dicom
 
 from medgen.data import load_datalist
 from medgen.errors import find_user_error
@@ -98,6 +98,18 @@ def test_resumed_run_ends_with_the_same_files(model_path, tmp_path):
         run("generate", output_dir, model_path, **settings)
 
     assert_resumes(generate, tmp_path)
+
+
+def test_shards_and_their_merge_leave_the_files_of_one_process(model_path, tmp_path, capsys):
+    def generate(output_dir: Path, **settings: str) -> None:
+        run("generate", output_dir, model_path, seeds="0-8", **settings)
+
+    assert_shards_merge(generate, tmp_path, ["datalist.json", "images/grid.png"])
+    printed = capsys.readouterr().out
+    assert "shard 3/4: 0 of 9 items are done in" in printed  # three groups of four, four and one
+    assert "shard 0/4: 4 of 9 items" in printed
+    assert "9 images in" in printed.splitlines()[-1]
+    assert ", 0 of them new;" in printed.splitlines()[-1]
 
 
 def test_later_seeds_join_the_earlier_ones(model_path, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
-from running import assert_one_line, files_in, run, search_killed_twice
+from running import assert_one_line, assert_shards_merge, files_in, run, search_killed_twice
 
 from medgen.data import Embedding
 from medgen.inferers import LatentOptimiser
@@ -127,6 +127,18 @@ def test_image_that_cannot_be_read_is_listed_and_the_others_are_encoded(folder, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # optimisation
+
+
+def test_shards_leave_the_files_of_one_process_though_an_image_cannot_be_read(folder, datalist, tmp_path):
+    shutil.copytree(datalist.parent, tmp_path / "data")
+    (tmp_path / "data/image1.png").write_bytes(b"")
+
+    def optimise(output_dir: Path, **shard: str) -> None:
+        run(make(folder, output_dir, tmp_path / "data/datalist.json", split="all", **shard))
+
+    tables = ["rejected.csv", "embedding/latents.csv", "images/loss_curves.png", "images/optimised.png"]
+    assert_shards_merge(optimise, tmp_path, tables)
+    assert len(list((tmp_path / "out/projections").iterdir())) == 7
 
 
 def test_optimised_images_are_nearer_than_the_encoders(folder, datalist, tmp_path):

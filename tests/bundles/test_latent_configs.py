@@ -13,7 +13,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.metrics import MultiScaleSSIMMetric
 from PIL import Image
-from running import assert_one_line
+from running import assert_one_line, assert_shards_merge
 
 from medgen.data import LatentScaling, load_latents
 from medgen.metrics import RadiomicsExtractor, frd_score
@@ -126,6 +126,14 @@ def test_interrupted_encoding_ends_with_the_same_bytes(datalist, autoencoder_pat
     with pytest.raises((RuntimeError, ValueError)) as error:
         run("encode", latents_dir=tmp_path / "cut", **settings)
     assert_one_line(error.value, "holds latents of 8 images already; keep them")
+
+
+def test_shards_and_their_merge_leave_the_files_of_one_process(datalist, autoencoder_path, tmp_path):
+    def encode(latents_dir: Path, **shard: str) -> None:
+        settings = {"autoencoder_path": autoencoder_path, "shard_size": 3, "augmented_copies": 1}
+        run("encode", latents_dir=latents_dir, datalist=datalist, **settings, **shard)
+
+    assert_shards_merge(encode, tmp_path, ["scaling.json"])
 
 
 def test_copies_are_of_the_images_moved_a_little(datalist, autoencoder_path, tmp_path):

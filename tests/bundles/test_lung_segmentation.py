@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
+import re
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from PIL import Image
 from running import (
     assert_one_line,
     assert_same_training,
+    assert_shards_merge,
     command,
     finish,
     kill_after_next_checkpoint,
@@ -24,8 +29,11 @@ from running import (
     start,
     start_afresh,
     state,
+    terminate_after_next_checkpoint,
 )
 from skimage.metrics import hausdorff_distance
+
+from medgen.preemption import AGAIN
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "lung_segmentation"
 pytestmark = [
@@ -45,8 +53,8 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_weight
     seed = int(time.time())
     print(f"seed of the kills: {seed}")
     rng = random.Random(seed)
-    for _ in range(2):
-        kill_after_next_checkpoint(start(BUNDLE, command(TRAIN, killed, **settings)), killed, rng)
+    for interrupt in (kill_after_next_checkpoint, terminate_after_next_checkpoint):
+        interrupt(start(BUNDLE, command(TRAIN, killed, **settings)), killed, rng)
     assert "resumed from" in finish(start_afresh(BUNDLE, command(TRAIN, killed, **settings)))
     finish(running)
     assert state(undisturbed)["images_seen"] == 6 * 4
@@ -54,15 +62,33 @@ def test_training_killed_with_sigkill_at_random_points_ends_with_the_same_weight
     assert_same_training(undisturbed, killed)
 
 
-@pytest.mark.slow(reason="starts a training of two processes under torchrun")
-def test_two_processes_train_one_network(datalist, tmp_path):
+@pytest.mark.slow(reason="starts three trainings of two processes under torchrun")
+def test_two_processes_train_one_network_and_leave_together_when_one_is_told_to_end(datalist, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     config_file = [*TRAIN, "configs/multi_gpu_train.json"]
-    settings = {"datalist": datalist, "batch_size": 1, "val_interval": 1, "max_epochs": 2}
-    output = finish(start(BUNDLE, command(config_file, tmp_path, **settings), *torchrun))
-    assert "2 process(es)" in output
-    assert state(tmp_path)["images_seen"] == 8
-    assert not any(name.startswith("module.") for name in torch.load(tmp_path / "model.pt", weights_only=True))
+    settings = {"datalist": datalist, "batch_size": "$medgen.engines.batch_per_process(2)", "val_interval": 1}
+    settings |= {"max_epochs": 10, "checkpoint_interval": 1, "resume": "true"}
+    straight, told = tmp_path / "straight", tmp_path / "told"
+    running = start(BUNDLE, command(config_file, straight, **settings), *torchrun)
+    output, code = terminate_one_rank(start(BUNDLE, command(config_file, told, **settings), *torchrun), told)
+    assert code == 1  # torchrun's, whatever those of the processes are
+    assert len(re.findall("stopped by SIGTERM after a checkpoint at .* images; the same command", output)) == 1, output
+    assert f"exitcode  : {AGAIN}" in output  # of the first that it saw end
+    assert "resumed from" in finish(start(BUNDLE, command(config_file, told, **settings), *torchrun))
+    assert "2 process(es)" in finish(running)
+    assert state(straight)["images_seen"] == 40
+    assert_same_training(straight, told)
+    assert not any(name.startswith("module.") for name in torch.load(straight / "model.pt", weights_only=True))
+
+
+def terminate_one_rank(process, output_dir):
+    """SIGTERM to one of torchrun's two processes alone, after the first checkpoint."""
+    while process.poll() is None and not (output_dir / "checkpoints" / "last.pt").exists():
+        time.sleep(0.01)
+    (rank, _) = (int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    os.kill(rank, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    return output, process.returncode
 
 
 def lose_mask(content, folder):
@@ -240,6 +266,22 @@ def test_interrupted_inference_goes_on_and_ends_with_the_same_files(pictures, wo
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(workflow(BUNDLE, "inference", torn, resume="true", **{**settings, "mc_passes": 3}))
     assert_one_line(caught.value, "made with mc_passes 2, this run has 3")
+
+
+def test_shards_leave_the_files_of_one_process_though_an_image_cannot_be_read(pictures, workflow, tmp_path):
+    channel_as_logit(tmp_path / "model.pt")
+    for number in range(3):
+        shutil.copy(pictures / "lungs.png", pictures / f"{number}.png")
+    names = ["0.png", "broken.png", "lungs.png", "1.png", "sub/upright.png", "2.png"]
+    items = [{"image": name, "patient": name} for name in names]
+    (pictures / "datalist.json").write_text(json.dumps({"test": items}))
+    settings = {"datalist": str(pictures / "datalist.json"), "model_path": str(tmp_path / "model.pt"), "mc_passes": 2}
+
+    def predict(output_dir: Path, **shard: str) -> None:
+        run(workflow(BUNDLE, "inference", output_dir, **settings, **shard))
+
+    assert_shards_merge(predict, tmp_path, ["boxes.csv", "datalist.json", "rejected.csv"])
+    assert len(list((tmp_path / "out/records").rglob("*.json"))) == 5
 
 
 def test_unreadable_images_of_a_datalist_are_recorded_and_the_rest_goes_on(pictures, workflow, tmp_path):

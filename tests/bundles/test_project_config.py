@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,17 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
-from running import assert_one_line, files_in, run, search_killed_twice
+from running import (
+    Forked,
+    assert_one_line,
+    assert_same_files,
+    command,
+    files_in,
+    finish,
+    run,
+    search_killed_twice,
+    start,
+)
 
 from medgen.data.image_set import file_sha256
 from medgen.losses import PixelMSSSIMLoss
@@ -63,6 +77,32 @@ def test_projection_killed_with_sigkill_and_resumed_leaves_the_same_files(folder
     assert len([name for name in expected if name.startswith("projections/")]) == 16
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.mark.slow(reason="starts six inferences as processes of their own")
+def test_shards_at_once_one_of_them_killed_leave_the_files_of_one_process(folder, datalist, tmp_path):
+    out = tmp_path / "out"
+    settings = {"input_dir": datalist.parent, "model_path": folder / "tiny.pt", "batch_size": 2, "steps": 60}
+    config = ["configs/inference.json", str(folder / "tiny.json")]
+
+    def begin(**shard: str) -> Forked:
+        return start(BUNDLE, command(config, out, patch=4, **settings, **shard))
+
+    finish(begin())
+    out.rename(tmp_path / "whole")
+    killed, other = begin(shard="1/3"), begin(shard="0/3")
+    while killed.poll() is None and not list(out.glob("projections/*.npz")):
+        time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    again = begin(shard="1/3")
+    finish(other)
+    assert "shard 1/3: 6 of 16 items are done" in finish(again)
+    finish(begin(shard="2/3"))
+    assert not (out / "scores.csv").exists()
+    assert "projecting" not in finish(begin(resume="true"))
+    assert_same_files(out, tmp_path / "whole")
 
 
 def test_each_image_has_a_reconstruction_and_a_record(folder, datalist, tmp_path):
@@ -144,6 +184,7 @@ def test_classes_come_from_the_datalist(folder, datalist, tmp_path):
         ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1, got 1.5"),
         ({"perceptual_weights": "absent.pth"}, r"no file at absent\.pth; .*leave --perceptual_weights out"),
         ({"resume": "perhaps"}, "a switch must be true or false, got 'perhaps'"),
+        ({"shard": "4/4"}, "shard must be i/n with i from 0 to n - 1, such as 0/4 to 3/4, got '4/4'"),
         ({"input_dir": "absent"}, "expected a folder, got absent"),
         ({"patience": 2.5}, "patience must be a whole number of at least 0, got 2.5"),
         ({"initial_lr": "x"}, "initial_lr must be a number from 0 to"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image, ImageSequence
-from running import assert_one_line
+from running import assert_one_line, assert_shards_merge
 
 from medgen.data import LatentScaling, file_sha256, load_datalist, read_frames
 from medgen.data.phantom.clip import write_clip
@@ -132,6 +132,17 @@ def test_interrupted_sampling_is_resumed_with_the_same_images(run, tmp_path):
     assert [item["seed"] for item in workflow.parser.get_parsed_content("samples").todo] == [2, 3]
     for name, image in samples(tmp_path).items():
         np.testing.assert_array_equal(image, whole[name])
+
+
+def test_shards_of_samples_and_edits_leave_the_files_of_one_process(run, tmp_path):
+    def sample(output_dir: Path, **settings: str) -> None:
+        run("inference", "text", prompts=PROMPTS, seeds="0-2", output_dir=str(output_dir), **settings)
+
+    def edit(output_dir: Path, **settings: str) -> None:
+        run("edit", "text", split="training", prompt=PROMPTS[0], output_dir=str(output_dir), **settings)
+
+    assert_shards_merge(sample, tmp_path / "samples", ["datalist.json", "images/grid.png"])
+    assert_shards_merge(edit, tmp_path / "edits", ["images/edited.png"])
 
 
 def test_negative_prompt_and_guidance_change_the_image(run, tmp_path):

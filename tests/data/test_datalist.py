@@ -529,3 +529,11 @@ def test_unreadable_images_of_a_datalist_are_left_out_and_known_ones_not_read(tm
         assert [row["file"] for row in csv.DictReader(file)] == ["sub/b.png"]
     with pytest.raises(UserError, match="none of the 2 images of the datalist can be read"):
         readable_items(items[1:], tmp_path, tmp_path / "rejected.csv", num_workers)
+
+
+def test_shard_without_a_readable_image_says_so_and_writes_nothing(tmp_path, caplog):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert readable_items([{"image": str(tmp_path / "a.png")}], tmp_path, None) == []
+    assert readable_items([], tmp_path, None) == []
+    assert f"{tmp_path / 'a.png'} is left out: " in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -289,6 +289,57 @@ encode(make(Path({str(data)!r}), Path({str(tmp_path / "cut")!r})))
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_shares_have_the_files_of_the_whole_and_leave_the_scaling_to_their_merge(data, tmp_path, count):
+    encode(make(data, tmp_path / "whole"))
+    for index in reversed(range(count)):
+        store = make(data, tmp_path / "parts", shard=f"{index}/{count}")
+        encode(store, until=None if index else 3)  # the first is cut off, and done again
+        store.close()  # as the system does when a process ends
+    encode(make(data, tmp_path / "parts", shard=f"0/{count}"))
+    assert make(data, tmp_path / "parts", shard=f"0/{count}").todo == []
+    assert not (tmp_path / "parts" / "scaling.json").exists()
+
+    merged = make(data, tmp_path / "parts", resume=True)
+    assert merged.todo == []
+    encode(merged)
+
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_merge_does_what_a_lost_share_has_left(data, tmp_path):
+    encode(make(data, tmp_path / "whole"))
+    encode(make(data, tmp_path / "parts", shard="0/2"))
+    merged = make(data, tmp_path / "parts", resume=True)
+    assert len(merged.todo) == 5
+    encode(merged)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_shares_encode_at_the_same_time_and_nothing_else_does(data, tmp_path):
+    first, second = (make(data, tmp_path / "latents", shard=f"{index}/2") for index in range(2))
+    twin = make(data, tmp_path / "latents", shard="0/2")
+    first.begin()
+    second.begin()
+    for other in (twin, make(data, tmp_path / "latents", resume=True)):
+        with pytest.raises(UserError, match="another process encodes into"):
+            other.begin()
+    first.close()
+    second.close()
+    twin.begin()
+    twin.close()
+
+
+def test_share_of_another_layout_or_other_settings_is_refused(data, tmp_path):
+    encode(make(data, tmp_path / "latents", shard="0/2"))
+    with pytest.raises(UserError, match=r"00000\.npy holds other images than this datalist has there, or --shard_size"):
+        make(data, tmp_path / "latents", shard="0/2", shard_size=4)
+    with pytest.raises(UserError, match="were made with augmented_copies 0, this run has 2"):
+        make(data, tmp_path / "latents", shard="1/2", augmented_copies=2)
+    with pytest.raises(UserError, match="a scaling alone is measured by one process"):
+        make(data, tmp_path / "other", shard="0/2", write_latents=False)
+
+
 def test_batches_stay_within_shards(data, tmp_path):
     assert make(data, tmp_path / "latents").batches == [[0, 1], [2, 3], [4], [5, 6], [7, 8], [9], [10, 11]]
 

@@ -127,6 +127,21 @@ def test_metrics_kept_by_image_become_columns(tmp_path):
         assert float(row["l1"]) == pytest.approx(float(error), rel=1e-5)
 
 
+def test_metrics_of_records_become_columns_and_their_means_leave_out_what_an_image_lacks(tmp_path):
+    items = make_items(tmp_path)
+    nan = float("nan")
+    found = [{"psnr": 20.0 + n, "ms_ssim": nan if n == 1 else 0.5, "other": nan} for n in range(len(items))]
+    entries = [entry | {"metrics": metrics} for entry, metrics in zip(make_entries(items), found, strict=True)]
+    engine = Engine(lambda _, batch: batch)
+    ScoresCSV(tmp_path / "scores.csv", items).attach(engine)
+    engine.run([[entry] for entry in entries])
+    rows = read(tmp_path / "scores.csv")
+    assert [row["psnr"] for row in rows] == ["20.0", "21.0", "22.0", "23.0", "24.0", "25.0"]
+    assert (engine.state.metrics["psnr"], engine.state.metrics["ms_ssim"]) == (22.5, 0.5)
+    assert "other" not in engine.state.metrics
+    assert "other" not in rows[0]
+
+
 def of_sizes(folder, sizes):
     """Items and entries of images of these sizes, scored."""
     random = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 from PIL import Image
 
-from medgen.handlers import MetricsJSON, ReconstructionGrid, SampleGrid, save_grid, scalars
+from medgen.handlers import MetricsJSON, ReconstructionGrid, SampleGrid, save_comparison, save_grid, scalars
 from medgen.inferers import draw_latents
 from medgen.networks import PGGANGenerator, StyleGAN2Generator
 
@@ -74,6 +74,17 @@ def test_reconstruction_grid_of_a_known_total_is_taken_evenly(tmp_path):
         engine.run(batches)
     pixels = np.asarray(Image.open(tmp_path / "even.png"))
     assert pixels[0, ::5].tolist() == [0, 76, 153, 230]
+
+
+def test_comparison_of_files_is_the_picture_that_a_run_over_them_draws(tmp_path):
+    images = [{"image": torch.full((1, 3, 3 + v), v / 4), "pred": torch.full((1, 3, 3 + v), 0.5)} for v in range(3)]
+    engine = Engine(lambda _, batch: batch)
+    ReconstructionGrid(tmp_path, name="run", count=3).attach(engine)
+    engine.run([[image] for image in images])
+    save_comparison(tmp_path / "files.png", [{"number": number} for number in range(3)], lambda i: images[i["number"]])
+    assert (tmp_path / "files.png").read_bytes() == (tmp_path / "run.png").read_bytes()
+    save_comparison(tmp_path / "none.png", [], lambda item: item)
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize("num_classes", [0, 2])

@@ -7,10 +7,12 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
 from medgen.handlers import ValidationAtIntervals
+from medgen.preemption import Termination
 
 
 class Recorder(Evaluator):
     def __init__(self):
+        super().__init__(device="cpu", val_data_loader=[0])
         self.epochs = []
 
     def run(self, global_epoch):
@@ -23,6 +25,7 @@ class Recorder(Evaluator):
 def test_every_interval_and_after_the_last_epoch(interval, epochs, expected):
     validator, trainer = Recorder(), Engine(lambda *_: None)
     ValidationAtIntervals(interval, validator).attach(trainer)
+    trainer.termination = Termination()
     assert not trainer.has_event_handler(validator, Events.COMPLETED)
     trainer.run([0], max_epochs=epochs)
     assert validator.epochs == expected

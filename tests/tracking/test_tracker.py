@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import tiny_training
+import torch
 from ignite.engine import Events
 from mlflow import MlflowClient
-from tiny_training import make
+from tiny_training import IMAGES, make
 
+from medgen.preemption import AGAIN
 from medgen.tracking import folder_status, send_folder
 
 pytestmark = [
@@ -269,7 +271,7 @@ def processes(tmp_path_factory, empty_database):
         "a": {"uri": shared},
         "b": {"uri": shared},
         "killed": {"uri": None, "hang_at": 8},
-        "ended": {"uri": None, "hang_at": 8},
+        "ended": {"uri": None, "epochs": 1000, "pause": 0.05},
     }
     jobs = {}
     for name, given in options.items():
@@ -320,7 +322,11 @@ class TestProcesses:
 
     def test_a_training_that_is_told_to_end_says_so(self, processes):
         folder, codes = processes
-        assert codes["ended"] == -signal.SIGTERM
+        assert codes["ended"] == AGAIN
         run = run_named(f"sqlite:///{folder}/ended/mlflow.db", "tiny-ended")
         assert run.info.status == "KILLED"
         assert folder_status(folder / "ended")[0].waiting == 0
+        # the same run goes on
+        state = torch.load(folder / "ended/checkpoints/last.pt", weights_only=True)
+        make(folder / "ended", None, epochs=state["images_seen"] // IMAGES + 1, resume=True).run()
+        assert run_named(f"sqlite:///{folder}/ended/mlflow.db", "tiny-ended").info.status == "FINISHED"

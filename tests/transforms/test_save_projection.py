@@ -255,3 +255,11 @@ def test_an_image_that_diverged_is_listed_and_the_others_are_written(weights, tm
     assert saver.projected(items) == items[1:]
     with pytest.raises(UserError, match=r"none of 1 images could be projected, rejected\.csv says why"):
         saver.projected(items[:1])
+
+
+def test_diverged_image_of_a_shard_is_logged_and_listed_nowhere(weights, image, tmp_path, caplog):
+    saver = SaveProjectiond(tmp_path / "out", SETTINGS, weights)
+    SaveUnlessDiverged(saver, None, tmp_path)(item(image) | {"distance": torch.tensor(torch.inf)})
+    assert f"{image}: its projection ended in values that are not finite" in caplog.text
+    assert not saver.has_record({"image": image})
+    assert not list(tmp_path.rglob("*.csv"))

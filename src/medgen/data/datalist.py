@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import ntpath
 import os
@@ -38,6 +39,8 @@ __all__ = [
     "write_datalist",
     "write_rejected",
 ]
+
+logger = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 
@@ -244,7 +247,7 @@ def _readable(
 def readable_items(
     items: Sequence[Item],
     data_root: str | os.PathLike,
-    rejected: str | os.PathLike,
+    rejected: str | os.PathLike | None,
     num_workers: int = 0,
     is_known: Callable[[Item], bool] = lambda item: False,
 ) -> list[Item]:
@@ -253,7 +256,8 @@ def readable_items(
     Args:
         items: with full paths.
         data_root: folder that the CSV's paths start from.
-        rejected: CSV to write (``file, reason``).
+        rejected: CSV to write (``file, reason``). None, for a shard: the log has them, none need be left, and the run
+            that merges the shards writes the CSV.
         num_workers: processes that read; 0 reads in this one.
         is_known: whether an item need not be read, such as one that is finished.
 
@@ -265,8 +269,12 @@ def readable_items(
     """
     todo = [item["image"] for item in items if not is_known(item)]
     reasons = {path: why for path, (count, why) in zip(todo, _checked(todo, num_workers), strict=True) if not count}
-    write_rejected(rejected, {Path(os.path.relpath(path, data_root)).as_posix(): why for path, why in reasons.items()})
     used = [item for item in items if item["image"] not in reasons]
+    if rejected is None:
+        for path, why in reasons.items():
+            logger.warning(f"{path} is left out: {why}")
+        return used
+    write_rejected(rejected, {Path(os.path.relpath(path, data_root)).as_posix(): why for path, why in reasons.items()})
     if not used:
         raise UserError(f"none of the {len(items)} images of the datalist can be read; see {rejected}")
     return used

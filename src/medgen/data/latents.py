@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from medgen.data.datalist import load_classes, load_datalist, validate_datalist
 from medgen.data.image_set import file_sha256
+from medgen.data.shard import parse_shard, shard_line, shard_of
 from medgen.errors import UserError
 from medgen.output import atomic_file, atomic_write_text
 
@@ -202,6 +203,7 @@ class LatentStore:
       counts once it is complete;
     - ``scaling.json``: the :class:`LatentScaling` of the training split;
     - ``.lock``: locked as long as a process encodes into the folder; the system unlocks it when that process ends.
+      Processes that encode one of n shares of the images share it, and each has ``.lock-i-of-n`` to itself.
 
     Images are known by their paths in the datalist: other splits, and fields that are added later, change nothing.
     A run that was killed goes on with the shard it was at; batches never reach over the end of a shard, so that the
@@ -222,6 +224,9 @@ class LatentStore:
         scaling: ``global`` or ``channel``.
         write_latents: False measures the scaling alone, for a training from pixels.
         resume: go on with what is there; False refuses a folder that holds latents.
+        shard: "i/n" encodes one of n shares, whatever of it is missing: each n-th of the files of ``shard_size``
+            images, which have the numbers that one process would have given them. Others may encode theirs at the same
+            time. The scaling is left to a run with ``resume`` and without ``shard``. None encodes all.
 
     Attributes:
         todo: items still to be encoded: ``image`` (path), ``number`` (position in this list) and ``seed`` (of the
@@ -231,7 +236,8 @@ class LatentStore:
 
     Raises:
         UserError: the folder holds latents of another autoencoder, of another transform or of images that have changed
-            since, or latents at all and ``resume`` is False; or a setting is out of range.
+            since, or latents at all and ``resume`` is False; or a setting is out of range; or a shard of a folder whose
+            files are not those of this list.
     """
 
     def __init__(
@@ -250,8 +256,10 @@ class LatentStore:
         scaling: str = "global",
         write_latents: bool = True,
         resume: bool = False,
+        shard: str | None = None,
     ) -> None:
         check_scaling(scaling)
+        self.shard = None if parse_shard(shard) is None else shard
         self.folder, self.scaling, self.write_latents = Path(latents_dir), scaling, write_latents
         self.header = {
             "autoencoder_sha256": _sha256_of_weights(autoencoder_path),
@@ -262,22 +270,29 @@ class LatentStore:
         }
         if not write_latents and "training" not in splits:
             raise UserError(f"a scaling is measured on the training split, got splits {list(splits)}; add training")
+        if self.shard is not None and not write_latents:
+            raise UserError("a scaling alone is measured by one process, got --write_latents false; leave --shard out")
         wanted = splits if write_latents else ["training"]
         self.copies = augmented_copies if write_latents else 0
         self.images = {split: _images(datalist, split, dataset_dir) for split in wanted}
-        self._lock: IO[str] | None = None
-        self._before = _shard_files(self.folder)
-        shards = _read_shards(self.folder, whole=True)
-        if shards:
+        self._locks: list[IO[str]] = []
+        names = {name: path for images in self.images.values() for name, path in images}
+        self.count = len(names)
+        self._moments: dict[str, tuple[list[float], list[float]]] = {}
+        layout = [list(names)[i : i + shard_size] for i in range(0, len(names), shard_size)]
+        own = {f"{number:05d}": layout[number] for number in shard_of(range(len(layout)), shard)}
+        self._own = None if self.shard is None else own.keys()
+        self.part = [name for stem in own for name in own[stem]]
+        self._before = _shard_files(self.folder, self._own)
+        shards = _read_shards(self.folder, self._own, whole=True)
+        if shards or (self.shard is not None and _shard_files(self.folder)):
             self._check_same_settings(autoencoder_path)
-        if shards and write_latents and not resume:
+        if shards and write_latents and not resume and self.shard is None:
             raise UserError(
                 f"{self.folder} holds latents of {sum(map(len, shards.values()))} images already; keep them and do "
                 "the rest with --resume true, or choose another --latents_dir"
             )
-        self._moments: dict[str, tuple[list[float], list[float]]] = {}
-        pending = {name: path for images in self.images.values() for name, path in images}
-        self.count = len(pending)
+        pending = {name: names[name] for name in self.part}
         if write_latents:
             _check_unchanged(
                 self.folder, [(row, pending[row["image"]]) for row in _rows(shards) if row["image"] in pending]
@@ -285,6 +300,8 @@ class LatentStore:
             for row in _rows(shards):
                 pending.pop(row["image"], None)
                 self._moments[row["image"]] = row["mean"], row["variance"]
+        if self.shard is not None:
+            self._check_layout(shards, own)
         self._names = list(pending)
         self.todo = [
             {"image": path, "number": number, "seed": _seed_of(name, seed)}
@@ -294,9 +311,12 @@ class LatentStore:
         self.batches = [
             list(shard[i : i + batch_size]) for shard in self._shards for i in range(0, len(shard), batch_size)
         ]
-        taken = {int(stem) for stem in shards}
-        free = (number for number in range(len(taken) + len(self._shards)) if number not in taken)
-        self._stems = [f"{number:05d}" for number, _ in zip(free, self._shards, strict=False)]
+        if self.shard is None:
+            taken = {int(stem) for stem in shards}
+            free = (number for number in range(len(taken) + len(self._shards)) if number not in taken)
+            self._stems = [f"{number:05d}" for number, _ in zip(free, self._shards, strict=False)]
+        else:
+            self._stems = [stem for stem in own if stem not in shards]
         self._rows: list[np.ndarray] = []
         self._done = 0
 
@@ -308,21 +328,21 @@ class LatentStore:
         """
         if not self.write_latents:
             return
-        self._lock = _locked(self.folder)
-        if _shard_files(self.folder) != self._before:
+        self._locks = _locked(self.folder, self.shard)
+        if _shard_files(self.folder, self._own) != self._before:
             self.close()
             raise UserError(f"another run has encoded into {self.folder} meanwhile; start this one again")
         atomic_write_text(self.folder / INDEX, json.dumps(self.header, indent=4) + "\n")
 
     def close(self) -> None:
         """Let others encode into the folder."""
-        if self._lock is not None:
+        while self._locks:
             import fcntl
 
+            lock = self._locks.pop()
             with suppress(OSError):
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing alone leaves it to loader processes that have a copy
-            self._lock.close()
-            self._lock = None
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone leaves it to loader processes that have a copy
+            lock.close()
 
     def add(self, number: int, latents: np.ndarray) -> None:
         """Take the next image's latents; the last of a shard writes the shard.
@@ -377,12 +397,14 @@ class LatentStore:
         self._rows.clear()
 
     def finish(self) -> str:
-        """Estimate the scaling over the training split, where that was asked for, and write it.
+        """Estimate the scaling over the training split, where that was asked for, and write it; a shard does not.
 
         Returns:
             One line that says what is where.
         """
         self.close()
+        if self.shard is not None:
+            return shard_line(self.shard, self.part, range(self.count), self.folder)
         line = f"{self.count:,} images, {len(self.todo):,} of them encoded now"
         if self.write_latents:
             line += f": latents in {self.folder}"
@@ -400,6 +422,14 @@ class LatentStore:
             logger.info(str(scaling))
             line += f"; {scaling} in {self.folder / SCALING}"
         return line
+
+    def _check_layout(self, shards: Mapping[str, Sequence[dict[str, Any]]], own: Mapping[str, Sequence[str]]) -> None:
+        for stem, rows in shards.items():
+            if [row["image"] for row in rows] != own[stem]:
+                raise UserError(
+                    f"{self.folder / stem}.npy holds other images than this datalist has there, or --shard_size was "
+                    "another; encode as before, without --shard and with --resume true, or into another --latents_dir"
+                )
 
     def _check_same_settings(self, autoencoder_path: str | os.PathLike) -> None:
         before = _read_header(self.folder)
@@ -495,19 +525,27 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _shard_files(folder: Path) -> dict[Path, int]:
-    """JSON file of every shard, in their order, and when it was written."""
-    files = sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.json") if path.stem.isdecimal())
-    return {path: path.stat().st_mtime_ns for path in files}
+def _shard_files(folder: Path, stems: Collection[str] | None = None) -> dict[Path, int]:
+    """JSON file of every shard, or of those named, in their order, and when it was written."""
+    if stems is None:
+        stems = [path.stem for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.json") if path.stem.isdecimal()]
+    files = {}
+    for stem in sorted(stems):
+        path = folder / f"{stem}.json"
+        with suppress(FileNotFoundError):
+            files[path] = path.stat().st_mtime_ns
+    return files
 
 
-def _read_shards(folder: Path, whole: bool = False) -> dict[str, list[dict[str, Any]]]:
+def _read_shards(
+    folder: Path, stems: Collection[str] | None = None, whole: bool = False
+) -> dict[str, list[dict[str, Any]]]:
     """Images of every complete shard, in their order; a shard of which a part is missing or broken is left out.
 
     That an array is the one that the JSON file was written for is seen by its ends, or by the whole of it.
     """
     shards = {}
-    for path in _shard_files(folder):
+    for path in _shard_files(folder, stems):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows, file = content["images"], path.with_suffix(".npy")
@@ -536,22 +574,28 @@ def _ends_sha256(path: Path) -> str:
         return hashlib.sha256(f"{size} ".encode() + file.read(ENDS) + end).hexdigest()
 
 
-def _locked(folder: Path) -> IO[str]:
-    """The folder's lock file, open; locked until it is closed."""
+def _locked(folder: Path, shard: str | None = None) -> list[IO[str]]:
+    """The folder's lock file, open, and with it that of a shard; locked until they are closed."""
     import fcntl  # not there on Windows, where the rest of this module works
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / LOCK, "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UserError(
-            f"another process encodes into {folder}; wait for it, or choose another --latents_dir"
-        ) from error
-    except OSError as error:
-        logger.warning(f"{folder} cannot be locked ({error}): see that no other run encodes into it")
-    return lock
+    wanted = {LOCK: fcntl.LOCK_EX}
+    if shard is not None:
+        wanted = {LOCK: fcntl.LOCK_SH, f"{LOCK}-{shard.replace('/', '-of-')}": fcntl.LOCK_EX}
+    locks: list[IO[str]] = []
+    for name, kind in wanted.items():
+        locks.append(open(folder / name, "a+"))  # over NFS a shared lock takes a file that can be read
+        try:
+            fcntl.flock(locks[-1], kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            for lock in locks:
+                lock.close()
+            raise UserError(
+                f"another process encodes into {folder}; wait for it, or choose another --latents_dir"
+            ) from error
+        except OSError as error:
+            logger.warning(f"{folder} cannot be locked ({error}): see that no other run encodes into it")
+    return locks
 
 
 def _rows(shards: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[dict[str, Any]]:

@@ -8,13 +8,14 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from monai.data import DataLoader
+from monai import data
 from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
 from medgen.errors import UserError
+from medgen.preemption import shielded_workers
 
-__all__ = ["ResumableDataLoader", "SeedLoader", "derive_seed"]
+__all__ = ["ResumableDataLoader", "SeedLoader", "ShieldedDataLoader", "derive_seed"]
 
 
 def derive_seed(*parts: int) -> int:
@@ -54,7 +55,19 @@ class _AtPosition(Dataset):
         return self.dataset[int(self._order[place])]
 
 
-class ResumableDataLoader(DataLoader):
+class ShieldedDataLoader(data.DataLoader):
+    """MONAI's data loader with workers that SIGTERM does not end (:func:`medgen.preemption.shielded_workers`).
+
+    All loaders of a training, its validation's too, are of this kind: their process ends when its step is done.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start the workers."""
+        with shielded_workers():
+            return super().__iter__()
+
+
+class ResumableDataLoader(ShieldedDataLoader):
     """Data loader whose order and augmentation depend on (seed, position in the stream) and on nothing else.
 
     The stream has no end: each pass over the dataset is a permutation of its own. Batches do not depend on the number

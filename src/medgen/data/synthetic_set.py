@@ -17,6 +17,7 @@ from medgen import lineage
 from medgen.data.datalist import write_datalist
 from medgen.data.pending import pending_groups
 from medgen.data.reader import read_frames
+from medgen.data.shard import parse_shard, shard_line, shard_of
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
 
@@ -146,10 +147,12 @@ class SyntheticSet:
             its own: a number, as the real images have it, so that both can be put into one datalist; or one of
             ``label_names``. None for none.
         label_names: names of the classes 0, 1, ..., as the datalist of the real images has them; none by default.
+        shard: "i/n" makes the samples of one of n shares, whatever of them is missing, and neither the datalist nor
+            the grid; None makes all. See :func:`shard_of`.
 
     Raises:
-        UserError: an unknown format, a label beside a generator's own classes or that is none of the classes named, or
-            a folder that holds samples already, or samples of other settings.
+        UserError: an unknown format or shard, a label beside a generator's own classes or that is none of the classes
+            named, or a folder that holds samples already, or samples of other settings.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class SyntheticSet:
         formats: Sequence[str] = ("png", "dicom"),
         label: int | str | None = None,
         label_names: Sequence[str] | None = None,
+        shard: str | None = None,
     ) -> None:
         check_format(file_format, formats)
         if label is not None and num_classes:
@@ -186,6 +190,9 @@ class SyntheticSet:
         self.num_classes, self.class_index, self.prompts = num_classes, class_index, list(prompts)
         self.label, self.label_names = label, _checked_names(label, label_names, num_classes)
         self.items = self._items(dict.fromkeys(seeds))
+        self.shard = None if parse_shard(shard) is None else shard
+        self.part = shard_of(self.items, shard, batch_size)
+        resume = resume or self.shard is not None
         there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         there = {file for file in there if file.endswith(tuple(SUFFIXES.values())) and not file.startswith(".")}
         if there and not resume:
@@ -195,7 +202,7 @@ class SyntheticSet:
             )
         self._before = _read_record(self.output_dir) if there else None
         self._started = time.perf_counter()
-        self.todo = pending_groups(self.items, lambda item: item["name"] + self.suffix in there, batch_size, resume)
+        self.todo = pending_groups(self.part, lambda item: item["name"] + self.suffix in there, batch_size, resume)
 
     def _items(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """An item for each seed, prompt by prompt."""
@@ -224,6 +231,8 @@ class SyntheticSet:
     @property
     def summary(self) -> str:
         """What was made, where, and how fast: once :meth:`finish` was called."""
+        if self.shard is not None:
+            return shard_line(self.shard, self.part, self.items, self.folder)
         new = len(self.todo)
         speed = f" ({new / self._seconds:.2f} a second)" if new else ""
         return (
@@ -278,11 +287,13 @@ class SyntheticSet:
         self._started = time.perf_counter()
 
     def finish(self) -> None:
-        """Write the datalist and the grid, once all samples are there.
+        """Write the datalist and the grid, once all samples are there; a shard writes neither.
 
         Seeds of an earlier run that was interrupted before it had made them are left out.
         """
         self._seconds = time.perf_counter() - self._started
+        if self.shard is not None:
+            return
         items = []
         for item in self._items(self.seeds):
             if not (self.folder / f"{item['name']}{self.suffix}").is_file():

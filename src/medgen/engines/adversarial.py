@@ -22,6 +22,10 @@ __all__ = ["AdversarialTrainer", "batch_per_process", "exponential_moving_copy"]
 def batch_per_process(total: int) -> int:
     """A process's share of the images in a step, by torchrun's WORLD_SIZE.
 
+    With it a training that is stopped on one number of processes goes on with another: a step takes as many images as
+    before, so that learning rate, epochs and checkpoints keep their meaning (:class:`GenerativeTrainer` says what stays
+    the same and what does not).
+
     Raises:
         UserError: the processes cannot share them evenly.
     """

@@ -25,6 +25,9 @@ class AutoencoderKLTrainer(GenerativeTrainer):
     chest radiographs: reconstruction + perceptual + KL + least-squares adversarial (no activation, targets 1 and 0).
     MONAI's AdversarialTrainer takes no KL term and no posterior, and stops at a generator that returns a tuple.
 
+    A discriminator with batch normalisation takes its statistics from each process's own images: with another number of
+    processes they are those of smaller or larger batches.
+
     ``state.output[0]`` holds ``image``, ``pred`` and detached scalars: ``loss`` (of the generator, all terms with their
     weights) and, unweighted, ``reconstruction``, ``perceptual``, ``kl`` (nats per image), ``adversarial`` and
     ``discriminator``.

@@ -162,6 +162,9 @@ class PGGANTrainer(AdversarialTrainer):
     A step takes as many images as the schedule has for its level, and an epoch as many steps as ``epoch_images`` need:
     its length in steps changes while the network grows.
 
+    The minibatch standard deviation is of each process's own images (of all of them where ``minibatch_group_size`` is
+    None): with another number of processes it is of other groups, whatever else stays the same.
+
     ``state.output[0]`` holds ``image`` (real, faded, [-1, 1]), ``pred`` (generated, the same size) and scalars:
     ``loss`` (of the generator), ``discriminator`` (of the critic, with the penalty), ``wasserstein`` (the critic's
     estimate E[D(x)] - E[D(G(z))]), ``gradient_penalty``, ``resolution``, ``alpha``, ``images_seen``; with classes

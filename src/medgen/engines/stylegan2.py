@@ -67,6 +67,9 @@ class StyleGAN2Trainer(AdversarialTrainer):
     Each regularisation is a backward pass and an optimiser step of its own: give the optimisers
     :func:`medgen.losses.lazy_adam_settings`. The discriminator sees augmented images only, real and generated.
 
+    The minibatch standard deviation is of groups of each process's own images: with another number of processes the
+    groups are others, of the same size as long as one fits into a process's share.
+
     ``state.output[0]`` holds ``image``, ``pred`` (generated, not augmented, [-1, 1]) and detached scalars: ``loss`` (of
     the generator), ``discriminator``, ``real_sign`` (mean sign of D(real), which rises towards 1 as D overfits),
     ``augment_p``, and, in the steps that compute them, ``r1`` and ``path_length`` (penalties with their weights).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from ignite.engine import Events
+from ignite.engine import EventEnum, Events
 from monai.engines import Trainer
 from monai.utils.enums import CommonKeys as Keys
 from torch import nn
@@ -19,14 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 from medgen.data.stream import ResumableDataLoader, derive_seed
 from medgen.errors import UserError
 from medgen.precision import autocast
+from medgen.preemption import Preempted, Termination
 from medgen.weights import check_same_shapes
 
-__all__ = ["GenerativeTrainer", "autocast", "unwrap"]
+__all__ = ["GenerativeTrainer", "TrainingEvents", "autocast", "unwrap"]
 
 
 def unwrap(network: nn.Module) -> nn.Module:
     """The network itself, out of DistributedDataParallel."""
     return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+class TrainingEvents(EventEnum):
+    """Events of a :class:`GenerativeTrainer` beside ignite's."""
+
+    PREEMPTED = "preempted"  # the processes leave after it: what is to stay must be saved
 
 
 class GenerativeTrainer(Trainer):
@@ -35,6 +43,16 @@ class GenerativeTrainer(Trainer):
     All random numbers of a step come from (seed, rank, images seen): torch's generators are reseeded before each step,
     and the data loader is a function of the same. Together with :meth:`training_state` this makes a resumed training
     end with the weights of an undisturbed one, bit for bit on the CPU.
+
+    A training that goes on with another number of processes, and as many images in a step as before
+    (:func:`medgen.engines.batch_per_process`), sees the same images in the same order with the same augmentation, and
+    its learning rate, epochs and validations stay where they were. What is not the same: gradients are summed in
+    another order, which rounds them otherwise; and what a network draws in a step (latents, noise, dropout), since that
+    belongs to a rank. Such a training is another sample of the same, as with another seed.
+
+    SIGTERM ends a training with :class:`medgen.preemption.Preempted`: all processes leave after the same step, or
+    within the same validation, once :attr:`TrainingEvents.PREEMPTED` has had the state saved. After the last epoch
+    nothing is left to save, and it ends as always.
 
     Subclasses implement ``_iteration`` and pass everything that has a ``state_dict`` to ``components``.
 
@@ -63,10 +81,13 @@ class GenerativeTrainer(Trainer):
     ) -> None:
         self.components = {name: part for name, part in components.items() if part is not None}
         self.seed = seed
+        self.termination = Termination()
+        self.epoch_end_due = False
         super().__init__(
             device=device,
             max_epochs=max_epochs,
             data_loader=train_data_loader,
+            event_names=[TrainingEvents],
             # MONAI's own amp is float16 with a scaler; see `autocast`
             amp=False,
             # batches stay batches: decollating costs time in every step and no postprocessing is done on them
@@ -78,6 +99,12 @@ class GenerativeTrainer(Trainer):
         # each look waits for a GPU; on the CPU it costs nothing
         every = 1 if self.state.device.type == "cpu" else 10
         self.add_event_handler(Events.ITERATION_COMPLETED(every=every), lambda: self.check_finite())
+        # after all handlers of the training
+        self.add_event_handler(Events.STARTED, lambda: self._catch_up())
+        self.add_event_handler(Events.ITERATION_COMPLETED, lambda: self._end_step())
+        self.add_event_handler(Events.COMPLETED, lambda: setattr(self, "epoch_end_due", False))
+        # once what an epoch's end does is done
+        self.add_event_handler(Events.EPOCH_STARTED, lambda: self._leave_if_told())
 
     longer = "raise --max_epochs"  # what makes a training that is complete go on
 
@@ -101,6 +128,47 @@ class GenerativeTrainer(Trainer):
         """What the training will do, in words."""
         loader = self.data_loader
         return f"{self.state.max_epochs} epochs of {len(loader)} steps of {loader.global_batch_size} images"
+
+    def run(self) -> None:
+        """Train.
+
+        Raises:
+            Preempted: the process was told to end (SIGTERM); its exit code says that the same command goes on.
+        """
+        level = self.logger.level
+        try:
+            with self.termination:
+                super().run()
+        except Preempted:
+            self.logger.setLevel(level)
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()  # a bundle's `finalize` is not reached
+            raise
+
+    def leave(self) -> None:
+        """Have the state saved, and end: all processes, which have agreed to.
+
+        Raises:
+            Preempted: always.
+        """
+        self.fire_event(TrainingEvents.PREEMPTED)
+        self.termination.wait()
+        self.logger.setLevel(logging.CRITICAL)  # ignite would call this end an error
+        raise Preempted
+
+    def _leave_if_told(self) -> None:
+        if self.termination.agreed():
+            self.leave()
+
+    def _end_step(self) -> None:
+        # until all that an epoch's end does (validation) is done: a checkpoint saved before that says so
+        self.epoch_end_due = self.at_epoch_end
+        self._leave_if_told()
+
+    def _catch_up(self) -> None:
+        """Do what the end of an epoch does, if the training was told to end just before or in the middle of it."""
+        if self.epoch_end_due and self.at_epoch_end:  # with another batch size the epoch may not be over
+            self.fire_event(Events.EPOCH_COMPLETED)
 
     def count(self, images_seen: int) -> tuple[int, int]:
         """Iterations and epochs that were over when so many images had been seen."""
@@ -179,6 +247,7 @@ class GenerativeTrainer(Trainer):
         """Everything that a resumed training needs, as tensors and plain values: loads with ``weights_only=True``."""
         return {
             "images_seen": self.images_seen,
+            "epoch_end_due": self.epoch_end_due,
             "components": {name: unwrap(part).state_dict() for name, part in self.components.items()},
         }
 
@@ -210,3 +279,4 @@ class GenerativeTrainer(Trainer):
         self.data_loader.images_seen = state["images_seen"]
         # epochs that are over: ignite counts the one it goes on with itself
         self.state.iteration, self.state.epoch = self.count(state["images_seen"])
+        self.epoch_end_due = state.get("epoch_end_due", False)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.handlers import IgniteMetricHandler, MeanAbsoluteError, from_engine
-from monai.metrics import MultiScaleSSIMMetric
+from monai.metrics import CumulativeIterationMetric, MAEMetric, MultiScaleSSIMMetric, PSNRMetric
 from monai.utils import convert_to_numpy
 
 from medgen.data.datalist import file_stem
@@ -28,7 +28,7 @@ from medgen.metrics.intervals import CHEAP_RESAMPLES
 from medgen.metrics.reconstruction import SCALES, ms_ssim_kernel_size
 from medgen.transforms.save_projection import ProjectionRecord, RecordName
 
-__all__ = ["DetectionFigures", "ScoresCSV", "reconstruction_metrics"]
+__all__ = ["DetectionFigures", "ScoresCSV", "image_metrics", "reconstruction_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,17 @@ def reconstruction_metrics() -> dict[str, IgniteMetricHandler]:
         "l1": MeanAbsoluteError(output_transform=transform),
         "ms_ssim": IgniteMetricHandler(_MultiScaleSSIMBySize(spatial_dims=2), output_transform=transform),
     }
+
+
+def image_metrics() -> dict[str, CumulativeIterationMetric]:
+    """PSNR in dB for values in [0, 1], L1 and MS-SSIM of one image after another, for a record of each.
+
+    The same figures as an evaluator with ``PeakSignalToNoiseRatio`` and :func:`reconstruction_metrics` keeps by image.
+
+    Returns:
+        For :class:`~medgen.transforms.SaveScoresd`.
+    """
+    return {"psnr": PSNRMetric(max_val=1.0), "l1": MAEMetric(), "ms_ssim": _MultiScaleSSIMBySize(spatial_dims=2)}
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,8 @@ class ScoresCSV:
     ``localisation_mse`` with ``_low``, ``_high`` and ``_chance``, and the same for ``wd``.
 
     Attach it to an evaluator that goes through ``items`` in their order, whose batches hold ``image``, ``scores`` and,
-    where anomalies are known, ``anomaly_mask`` (1, H, W).
+    where anomalies are known, ``anomaly_mask`` (1, H, W). Batches of records
+    (:meth:`~medgen.transforms.SaveScoresd.read`) have ``metrics`` as well, whose means go into the evaluator's.
 
     Args:
         path: the CSV.
@@ -123,6 +135,7 @@ class ScoresCSV:
         self.records = None if projection_dir is None else RecordName(projection_dir, data_root, inputs=inputs)
         self.rows: list[dict[str, Any]] = []
         self.found: list[dict[str, float]] = []
+        self.measured: list[dict[str, float]] = []
         self.patients: list[str] = []
         self.masks: dict[int, np.ndarray] = {}
         self.shapes: dict[int, tuple[int, int]] = {}
@@ -135,7 +148,7 @@ class ScoresCSV:
 
     def start(self, engine: Engine) -> None:
         """Forget the run before."""
-        self.rows, self.found, self.patients, self.masks, self.shapes = [], [], [], {}, {}
+        self.rows, self.found, self.measured, self.patients, self.masks, self.shapes = [], [], [], [], {}, {}
 
     def collect(self, engine: Engine) -> None:
         """Keep the scores of a batch.
@@ -153,6 +166,7 @@ class ScoresCSV:
                     "table the items of the dataset, and do not shuffle"
                 )
             self.found.append(dict(entry["scores"]))
+            self.measured.append(dict(entry.get("metrics", {})))
             self.patients.append(str(entry["image"].meta.get("patient") or ""))
             mask = entry.get("anomaly_mask")
             if mask is not None and mask.any():
@@ -166,6 +180,10 @@ class ScoresCSV:
             name: convert_to_numpy(values).reshape(len(values), -1)
             for name, values in getattr(engine.state, "metric_details", {}).items()
         }
+        for name in self.measured[0] if self.measured else ():
+            details[name] = np.array([[metrics[name]] for metrics in self.measured])
+            if not np.isnan(details[name]).all():
+                engine.state.metrics[name] = float(np.nanmean(details[name]))
         # nothing is left of a metric for which all images are too small
         for name in [name for name, values in details.items() if np.isnan(values).all()]:
             del details[name]

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from torch import nn
 
 from medgen import lineage
 from medgen.data.image_set import file_sha256
-from medgen.engines.trainer import GenerativeTrainer, unwrap
+from medgen.engines.trainer import GenerativeTrainer, TrainingEvents, unwrap
 from medgen.errors import UserError
 from medgen.handlers.companions import ModelCompanions
 from medgen.output import atomic_write_text
 from medgen.weights import load_weights
 
-__all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save"]
+__all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save", "check_whole_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,25 @@ def atomic_save(obj: Any, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_whole_file(path: str | Path) -> None:
+    """See by its checksums that a file of ``torch.save`` holds what was written: ``torch.load`` itself compares none.
+
+    It reads 1 to 2 GB a second on one core (``tests/benchmarks/bench_preemption.py``).
+
+    Raises:
+        zipfile.BadZipFile: it does not; what else is raised by a broken file depends on where it is broken.
+    """
+    with zipfile.ZipFile(path) as file:
+        broken = file.testzip()
+        # torch sets no attributes; to its reader an entry with that of a folder is empty, and the tensor not read
+        odd = [entry.filename for entry in file.infolist() if entry.external_attr]
+    if broken is not None or odd:
+        raise zipfile.BadZipFile(f"{broken or odd[0]} is not what was written")
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     """A training's state on the CPU; raises whatever a broken or foreign file leads to."""
+    check_whole_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if {"components", "fingerprint", "images_seen"} - set(state):
         raise ValueError("not a checkpoint of this collection")
@@ -67,7 +85,12 @@ class TrainingCheckpoint:
     """Saves the complete state of a :class:`GenerativeTrainer`, and continues from it.
 
     The newest state is ``folder/last.pt``, the one before it ``folder/previous.pt``: should the newest be unreadable
-    (a disk that filled up, a copy that broke off), the older one is taken, and a warning says so.
+    (a disk that filled up, a copy that broke off, a bit that flipped), the older one is taken, and a warning says so;
+    the broken file is kept as ``last.corrupt.pt``, so that the next save does not put it in the place of the good one.
+    A ``newest.pt``, which a kill in the middle of a save leaves, counts as the newest.
+
+    When the processes are told to end (:class:`~medgen.engines.trainer.TrainingEvents`), the state is saved once more,
+    with the word that the end of an epoch, and so a validation, is still to come, where it is.
 
     Attach it first, so that the other handlers see the resumed state.
 
@@ -100,11 +123,12 @@ class TrainingCheckpoint:
         elif callable(resume_from):
             resume_from = resume_from()
         self.resume_from = None if resume_from is None else Path(resume_from)
+        self._saved = 0  # images seen at the newest checkpoint of this training
 
     @property
-    def paths(self) -> tuple[Path, Path]:
-        """The newest checkpoint, and the one before it."""
-        return self.folder / "last.pt", self.folder / "previous.pt"
+    def paths(self) -> tuple[Path, Path, Path]:
+        """What a kill between the two renames of a save leaves, the newest checkpoint, and the one before it."""
+        return self.folder / "newest.pt", self.folder / "last.pt", self.folder / "previous.pt"
 
     def attach(self, engine: GenerativeTrainer) -> None:
         """Register on a trainer."""
@@ -112,18 +136,24 @@ class TrainingCheckpoint:
         if self.interval > 0:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save_within_epoch)
         # at STARTED, so that the end of an epoch is saved after all that other handlers do there
-        engine.add_event_handler(Events.STARTED, lambda: engine.add_event_handler(Events.EPOCH_COMPLETED, self.save))
+        engine.add_event_handler(
+            Events.STARTED, lambda: engine.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
+        )
+        engine.add_event_handler(TrainingEvents.PREEMPTED, self.save_before_leaving)
 
     def start(self, engine: GenerativeTrainer) -> None:
         """Load the newest readable checkpoint if asked to, or that of another training."""
         if idist.get_rank() == 0:
             for stale in self.folder.glob(".newest.pt.*"):  # what a kill in the middle of a save left
                 stale.unlink(missing_ok=True)
-        state = self.load() if self.resume else None
+        self._saved, source, state = 0, None, None
+        if self.resume:
+            source, state = self.load()
         if state is not None:
             advice = "resume with what it was made with, or train anew into another --output_dir"
             self._restore(engine, state, self.folder, advice)
-            if engine.state.epoch >= engine.state.max_epochs:
+            self._saved = engine.images_seen
+            if engine.state.epoch >= engine.state.max_epochs and not engine.epoch_end_due:
                 logger.info(f"this training is complete; to go on {engine.longer}")
         elif self.resume_from is not None:
             self._continue(engine, self.resume_from)
@@ -139,6 +169,21 @@ class TrainingCheckpoint:
                 f"the processes found different checkpoints (images seen: {positions}); --output_dir must be one "
                 "folder that all of them see"
             )
+        if source is not None and idist.get_rank() == 0:  # which all have read by now
+            self._tidy(source)
+
+    def _tidy(self, source: Path) -> None:
+        """Bring the files into the order that the next save expects, given the one that the training goes on from."""
+        newest, last, previous = self.paths
+        for broken in self.paths[: self.paths.index(source)]:
+            if broken.is_file():
+                aside = broken.with_name(f"{broken.stem}.corrupt.pt")
+                os.replace(broken, aside)
+                logger.warning(f"{broken} is kept as {aside}")
+        if source == newest:
+            if last.is_file():
+                os.replace(last, previous)
+            os.replace(newest, last)
 
     def _continue(self, engine: GenerativeTrainer, source: Path) -> None:
         advice = "--resume_from goes on with the same data and settings: give those, or leave it out"
@@ -159,30 +204,46 @@ class TrainingCheckpoint:
         engine.load_training_state(state)
         logger.info(f"resumed from {source} at iteration {engine.state.iteration}, {engine.images_seen} images")
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest readable state on the CPU, or None where there is none.
+    def load(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The newest checkpoint that can be read, and its state on the CPU; (None, None) where there is none.
 
         Raises:
             UserError: there are checkpoints, and none can be read.
         """
-        problem = None
+        problem = next((f"{path} cannot be read" for path in self.folder.glob("*.corrupt.pt")), None)
         for path in self.paths:
             if not path.is_file():
                 continue
             try:
-                return _read_state(path)
+                return path, _read_state(path)
             # a broken or foreign file raises whatever its bytes lead to
             except Exception as error:
                 problem = f"{path} cannot be read ({type(error).__name__})"
                 logger.warning(f"{problem}; trying the one before it")
         if problem:
             raise UserError(f"{problem} and there is no older checkpoint; start again with another --output_dir")
-        return None
+        return None, None
 
     def save_within_epoch(self, engine: GenerativeTrainer) -> None:
         """Save, but not at an epoch's last iteration: what happens at its end (validation) belongs before that save."""
         if not engine.at_epoch_end:
             self.save(engine)
+
+    def end_epoch(self, engine: GenerativeTrainer) -> None:
+        """Save once all is done that other handlers do at the end of an epoch."""
+        engine.epoch_end_due = False
+        self.save(engine)
+
+    def save_before_leaving(self, engine: GenerativeTrainer) -> None:
+        """Save, unless no step was made since the last time, and say how the training goes on."""
+        if engine.images_seen != self._saved:
+            self.save(engine)
+        if idist.get_rank() == 0:
+            again = "the same command" if self.resume else "the same command with --resume true"
+            logger.warning(
+                f"stopped by {engine.termination.cause} after a checkpoint at {engine.images_seen} images; {again} "
+                "goes on from there"
+            )
 
     def save(self, engine: GenerativeTrainer) -> None:
         """Write ``last.pt``; the former one becomes ``previous.pt``.
@@ -192,6 +253,7 @@ class TrainingCheckpoint:
         """
         engine.check_finite()
         engine.check_finite_weights()
+        self._saved = engine.images_seen
         if idist.get_rank() > 0:
             return
         last = self.folder / "last.pt"
@@ -289,6 +351,15 @@ class BestModelSaver:
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Continue from :meth:`state_dict`; without the file that belongs to it, the next validation starts anew."""
         self.best = state["best"] if self.path.is_file() else None
+        if self.best is not None:
+            try:
+                check_whole_file(self.path)
+            # a broken file raises whatever its bytes lead to
+            except Exception as error:
+                logger.warning(
+                    f"{self.path} cannot be read ({type(error).__name__}): the next validation writes a model anew"
+                )
+                self.best = None
         self._stage = state.get("stage")
 
     def disown(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
+from medgen.data.datalist import evenly
 from medgen.inferers.generation import draw_latents
 from medgen.output import atomic_file
 
-__all__ = ["DiffusionGrid", "ReconstructionGrid", "SampleGrid", "save_grid"]
+__all__ = ["DiffusionGrid", "ReconstructionGrid", "SampleGrid", "save_comparison", "save_grid"]
 
 CAPTION = 18  # height of a caption in pixels
 
@@ -95,9 +96,34 @@ class ReconstructionGrid:
         """Write the picture."""
         if idist.get_rank() > 0 or not self._rows[0]:
             return
-        rows = [_padded_stack(row).float() for row in self._rows]
-        path = self.folder / f"{self.name.format(epoch=engine.state.epoch)}.png"
-        save_grid([*rows, 4 * (rows[0] - rows[-1]).abs()], path)
+        _save_rows(self._rows, self.folder / f"{self.name.format(epoch=engine.state.epoch)}.png")
+
+
+def save_comparison(
+    path: str | Path,
+    items: Sequence[Mapping[str, Any]],
+    transform: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    keys: Sequence[str] = ("image", "pred"),
+    count: int = 8,
+) -> None:
+    """Write what :class:`ReconstructionGrid` writes, from files that are there, in whatever run they were made.
+
+    Args:
+        path: the PNG.
+        items: of a datalist, from which ``count`` are taken evenly; none, and nothing is written.
+        transform: loads the images of an item.
+        keys: of the original, of further images, and of the image whose difference from the original is shown.
+        count: images in a row.
+    """
+    shown = [transform(item) for item in evenly(items, count)]
+    if shown:
+        _save_rows([[torch.as_tensor(item[key]) for item in shown] for key in keys], path)
+
+
+def _save_rows(images: Sequence[Sequence[torch.Tensor]], path: str | Path) -> None:
+    """Write rows of images, the last row's from the first being added as their absolute difference (×4)."""
+    rows = [_padded_stack(row).float() for row in images]
+    save_grid([*rows, 4 * (rows[0] - rows[-1]).abs()], path)
 
 
 def _padded_stack(images: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,8 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.handlers import ValidationHandler
 
+from medgen.engines.trainer import GenerativeTrainer
+
 __all__ = ["ValidationAtIntervals"]
 
 
@@ -15,6 +17,11 @@ class ValidationAtIntervals(ValidationHandler):
     MONAI's own handler leaves out the last epochs where their number is no multiple of the interval, and validates
     never, and so saves no model, in a training shorter than one interval.
 
+    A process that is told to end (:mod:`medgen.preemption`) in the middle of a validation breaks it off: weights do not
+    change in it, so that nothing is lost but its own time, and it is made anew after the training was resumed. Shards
+    differ in length, so that processes cannot ask each other after each batch. Each asks once: when it is told to end,
+    or after its last batch, before the metrics of all are put together.
+
     Args:
         interval: epochs between validations.
         validator: evaluator to run.
@@ -23,10 +30,27 @@ class ValidationAtIntervals(ValidationHandler):
     def __init__(self, interval: int, validator: Evaluator) -> None:
         super().__init__(interval=interval, validator=validator)
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: GenerativeTrainer) -> None:
         """Register on a trainer."""
 
         def is_due(engine: Engine, epoch: int) -> bool:
             return epoch % self.interval == 0 or epoch == engine.state.max_epochs
 
         engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=is_due), self)
+        self.validator.add_event_handler(Events.ITERATION_COMPLETED, self.stop_if_told, engine)
+
+    def __call__(self, engine: GenerativeTrainer) -> None:
+        """Validate.
+
+        Raises:
+            Preempted: the processes were told to end.
+        """
+        super().__call__(engine)
+        if engine.termination.is_agreed:
+            engine.leave()
+
+    def stop_if_told(self, validator: Evaluator, engine: GenerativeTrainer) -> None:
+        """Break the validation off where a process has been told to end."""
+        is_last = validator.state.iteration == validator.state.epoch_length
+        if (is_last or engine.termination.requested) and engine.termination.agreed():
+            validator.terminate(skip_completed=True)

@@ -32,6 +32,7 @@ from medgen.transforms.save_anomaly import SaveAnomalyDICOMd, SaveMapd, SaveOver
 from medgen.transforms.save_dicom import SaveDICOM, SaveDICOMd
 from medgen.transforms.save_projection import ProjectionRecord, SaveProjectiond, SaveUnlessDiverged
 from medgen.transforms.save_region import SaveRegiond, bounding_box
+from medgen.transforms.save_scores import SaveScoresd, score_images
 
 __all__ = [
     "AUGMENT_PRESETS",
@@ -66,6 +67,7 @@ __all__ = [
     "SavePNGd",
     "SaveProjectiond",
     "SaveRegiond",
+    "SaveScoresd",
     "SaveUnlessDiverged",
     "ScoreAnomalyd",
     "bounding_box",
@@ -75,5 +77,6 @@ __all__ = [
     "draw_outlines",
     "origin_of_reconstructions",
     "pair_reconstructions",
+    "score_images",
     "transform_digest",
 ]

@@ -223,20 +223,22 @@ def origin_of_reconstructions(
     pairs: Sequence[Mapping[str, Any]],
     projection_dir: str | PathLike[str] | None = None,
     data_root: str | PathLike[str] = "",
+    inputs: Sequence[str | PathLike[str]] = (),
 ) -> str:
     """What made the reconstructions of a folder: the settings and weights of their projection.
 
     Args:
-        pairs: of :func:`pair_reconstructions`.
+        pairs: of :func:`pair_reconstructions`; the first is enough.
         projection_dir: folder of the projections' records, or None.
         data_root: see :func:`pair_reconstructions`.
+        inputs: see :func:`pair_reconstructions`.
 
     Returns:
         :meth:`~medgen.transforms.SaveProjectiond.origin` of the first record; where there is none, the SHA-256 of the
         first reconstruction: those of another detector have another.
     """
     if projection_dir is not None:
-        names = RecordName(projection_dir, data_root, inputs=[pair["image"] for pair in pairs])
+        names = RecordName(projection_dir, data_root, inputs=inputs or [pair["image"] for pair in pairs])
         path = names.path(np.empty(0), {"filename_or_obj": pairs[0]["image"]})
         if path.is_file():
             return json.dumps(ProjectionRecord(path).settings, sort_keys=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
@@ -111,7 +112,8 @@ class _Save(Transform):
         """Write one image and return its path; see :meth:`path` and :meth:`write` for the errors."""
         path = self.path(img, meta_data)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        # random: the processes of containers that share a folder have equal numbers
+        partial = path.with_name(f".{secrets.token_hex(8)}.part")
         try:
             self.write(convert_to_numpy(img), partial, self._sources[path])
             os.replace(partial, path)  # a run that is killed leaves no half-written picture behind

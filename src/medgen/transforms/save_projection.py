@@ -170,6 +170,10 @@ class SaveProjectiond(MapTransform):
             raise UserError(f"{file} cannot be read ({error.strerror}); mend it, or take it out of the data") from error
         return source if self.label_key is None else source | {"label": int(data[self.label_key])}
 
+    def has_record(self, item: Mapping[Hashable, Any]) -> bool:
+        """Whether a datalist's item has a record, of these settings or others."""
+        return self.path_of(item[self.keys[0]]).is_file()
+
     def is_finished(self, item: Mapping[Hashable, Any]) -> bool:
         """Whether the record of a datalist's item is there, and its reconstruction where a folder of them was given.
 
@@ -204,7 +208,7 @@ class SaveProjectiond(MapTransform):
         Raises:
             UserError: there are items, and none has.
         """
-        found = [item for item in items if self.path_of(item[self.keys[0]]).is_file()]
+        found = list(filter(self.has_record, items))
         if not required:
             return found or list(items)
         if items and not found:
@@ -243,7 +247,8 @@ class SaveUnlessDiverged(Transform):
 
     Args:
         transform: what writes an item.
-        rejected: CSV (``file, reason``); rows that are there stay.
+        rejected: CSV (``file, reason``); rows that are there stay. None, for a shard, which others work beside: the
+            log alone has it, until all shards' results are merged.
         data_root: folder that ``file`` is relative to; empty: paths as they are.
         image_key: key of the image.
     """
@@ -251,11 +256,11 @@ class SaveUnlessDiverged(Transform):
     def __init__(
         self,
         transform: Callable[[Mapping[Hashable, Any]], Any],
-        rejected: str | PathLike[str],
+        rejected: str | PathLike[str] | None,
         data_root: str | PathLike[str] = "",
         image_key: str = "image",
     ) -> None:
-        self.transform, self.rejected = transform, Path(rejected)
+        self.transform, self.rejected = transform, None if rejected is None else Path(rejected)
         self.data_root, self.image_key = str(data_root), image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Any:
@@ -267,14 +272,18 @@ class SaveUnlessDiverged(Transform):
         if math.isfinite(data["distance"]):
             return self.transform(data)
         file = str(data[self.image_key].meta["filename_or_obj"])
+        reason = "its projection ended in values that are not finite"
+        if self.rejected is not None:
+            self._reject(file, reason)
+        logger.warning(f"{file}: {reason}; lower --initial_lr, or look whether these weights make images")
+        return data
+
+    def _reject(self, file: str, reason: str) -> None:
         name = os.path.relpath(file, self.data_root) if self.data_root else file
-        name, reason = printable(name.replace(os.sep, "/")), "its projection ended in values that are not finite"
-        rows = {}
+        name, rows = printable(name.replace(os.sep, "/")), {}
         if self.rejected.is_file():
             with open(self.rejected, newline="", encoding="utf-8") as table:
                 rows = {row["file"]: row["reason"] for row in csv.DictReader(table)}
         if reason not in rows.get(name, ""):
             rows[name] = f"{rows[name]}; {reason}" if name in rows else reason
             write_rejected(self.rejected, rows)
-        logger.warning(f"{file}: {reason}; lower --initial_lr, or look whether these weights make images")
-        return data
