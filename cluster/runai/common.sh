@@ -64,10 +64,7 @@ if [[ -n ${MLFLOW_SECRET:-} ]]; then
 fi
 ON_GPUS=()
 [[ -z ${GPU_TYPE:-} ]] || ON_GPUS+=(--node-type "$GPU_TYPE")
-TORCHRUN=(
-    --environment-variable PET_MAX_RESTARTS=3             # one restart may burn two attempts
-    --environment-variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # ten seconds less than the grace period
-)
+TORCHRUN=(--environment-variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110) # ten seconds less than the grace period
 
 # submit VERB... NAME FLAG... --command -- COMMAND...: runai, or with --dry-run what would be run
 submit() {
@@ -99,16 +96,17 @@ stage() {
 train() {
     stage "$1"
     submit training standard submit "$WORKLOAD" "${SHARED[@]}" "${ON_GPUS[@]}" "${TORCHRUN[@]}" --restart-policy Never \
-        --environment-variable PET_STANDALONE=1 --environment-variable PET_NPROC_PER_NODE=gpu "${@:2}" \
+        --environment-variable PET_STANDALONE=1 --environment-variable PET_NPROC_PER_NODE=gpu \
+        --environment-variable PET_MAX_RESTARTS=3 "${@:2}" \
         --working-dir "$FOLDER" --command -- torchrun -m monai.bundle run --args_file "$ARGS_FILE"
 }
 
 # train_on_nodes STAGE NODES FLAG...: torchrun in each of several pods; the operator tells them PET_NNODES and the rest
 train_on_nodes() {
     stage "$1"
-    # the master trains as well: pods = workers + 1
+    # the master trains as well: pods = workers + 1; their processes start anew together, with the pods
     submit training pytorch submit "$WORKLOAD" --workers "$(($2 - 1))" "${SHARED[@]}" "${ON_GPUS[@]}" "${TORCHRUN[@]}" \
-        --restart-policy OnFailure --master-restart-policy OnFailure --clean-pod-policy Running "${@:3}" \
+        --environment-variable PET_MAX_RESTARTS=0 --restart-policy OnFailure --master-restart-policy OnFailure --clean-pod-policy Running "${@:3}" \
         --working-dir "$FOLDER" --command -- torchrun -m monai.bundle run --args_file "$ARGS_FILE"
 }
 

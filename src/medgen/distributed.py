@@ -30,7 +30,17 @@ def start() -> None:
     # torch 2.15 calls it forward_sync_buffers, of which older ones do not know
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # torchrun keeps one store for all its attempts: processes that it has started anew would find the addresses of
+        # those that have gone, and wait for them
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, rank, processes = next(dist.rendezvous("env://"))
+        store.set_timeout(dist.default_pg_timeout)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            rank=rank,
+            world_size=processes,
+        )
     if dist.get_rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
 

@@ -147,9 +147,10 @@ def test_several_nodes_run_the_pod_of_one_node():
     one = workload(render("cxr_latent_diffusion.train"))["spec"]["template"]
     jobset = workload(render("cxr_latent_diffusion.train.2_nodes"))
     (several,) = [pods.template for pods in rules.pods_of([jobset])]
-    standalone = {"PET_STANDALONE": "1"}
+    standalone = {"PET_STANDALONE": "1", "PET_MAX_RESTARTS": "3"}
     joined = {"PET_NNODES", "PET_NODE_RANK", "JOBSET_NAME", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
     first, second = (rules.variables(template["spec"]["containers"][0]) for template in (one, several))
+    assert second["PET_MAX_RESTARTS"] == "0"  # JobSet starts the processes of all nodes together
     assert {**second, **standalone} == {**first, **{name: second[name] for name in joined}}
     for template in (one, several):
         for container in template["spec"]["containers"] + template["spec"]["initContainers"]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ignite.engine import EventEnum, Events
 from monai.engines import Trainer
+from monai.utils import convert_to_tensor
 from monai.utils.enums import CommonKeys as Keys
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +25,9 @@ from medgen.preemption import Preempted, Termination
 from medgen.weights import check_same_shapes
 
 __all__ = ["GenerativeTrainer", "TrainingEvents", "autocast", "unwrap"]
+
+
+KEPT_IMAGES = 32  # of the last step, in a checkpoint
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -245,9 +249,12 @@ class GenerativeTrainer(Trainer):
 
     def training_state(self) -> dict[str, Any]:
         """Everything that a resumed training needs, as tensors and plain values: loads with ``weights_only=True``."""
+        # the pictures that an epoch's end draws beside what a network makes
+        images = self.state.output[0].get("image") if self.epoch_end_due and self.state.output else None
         return {
             "images_seen": self.images_seen,
             "epoch_end_due": self.epoch_end_due,
+            "images": None if images is None else convert_to_tensor(images[:KEPT_IMAGES], device="cpu").clone(),
             "components": {name: unwrap(part).state_dict() for name, part in self.components.items()},
         }
 
@@ -280,3 +287,5 @@ class GenerativeTrainer(Trainer):
         # epochs that are over: ignite counts the one it goes on with itself
         self.state.iteration, self.state.epoch = self.count(state["images_seen"])
         self.epoch_end_due = state.get("epoch_end_due", False)
+        if state.get("images") is not None:
+            self.state.output = [{"image": state["images"].to(self.state.device)}]
