@@ -17,7 +17,19 @@ AGAIN_NEVER = 78  # exit code of `medgen check` where a person must mend somethi
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 # of a container whose process group the kubelet signals: torchrun must be done before the kubelet's patience is
 SHUTDOWN_MARGIN = 10  # seconds
-OPTIONS = {"--args_file", "--shard", "--datalist", "--latents_dir"}  # of the containers' command lines
+OPTIONS = {
+    "--args_file",
+    "--shard",
+    "--datalist",
+    "--latents_dir",
+    "--checkpoint_interval",
+}  # of the containers' command lines
+# seconds for pods without a training, which end at once when they are told to
+LONGEST_GRACE = 30
+# failures that a workload outlives where each preemption counts as one: of all pods, and of one index
+DISRUPTIONS, DISRUPTIONS_OF_INDEX = 1000, 100
+RESTARTS = 100  # of a JobSet or PyTorchJob, whose restarts a drained node costs as well
+RUNAI = "runai-scheduler"
 LONGEST_POD_SUFFIX = len("-node-0-00-xxxxx")
 
 Manifest = Sequence[Mapping[str, Any]]
@@ -228,11 +240,18 @@ def policies_fit(manifest: Manifest) -> list[str]:
     findings = []
     for document in manifest:
         if document["kind"] == "JobSet":
-            policy = document["spec"].get("failurePolicy", {})
-            if not policy.get("maxRestarts"):
-                findings.append(f"JobSet {document['metadata']['name']}: gives up at the first lost pod (maxRestarts)")
-            if any(job["template"]["spec"].get("backoffLimit") != 0 for job in document["spec"]["replicatedJobs"]):
-                findings.append(f"JobSet {document['metadata']['name']}: backoffLimit not 0, ranks start again alone")
+            policy, where = document["spec"].get("failurePolicy", {}), f"JobSet {document['metadata']['name']}"
+            if policy.get("maxRestarts", 0) < RESTARTS:
+                findings.append(f"{where}: gives up after {policy.get('maxRestarts', 0)} lost pods (maxRestarts)")
+            jobs = [job["template"]["spec"] for job in document["spec"]["replicatedJobs"]]
+            if any(job.get("backoffLimit") != 0 for job in jobs):
+                findings.append(f"{where}: backoffLimit not 0, ranks start again alone")
+            if any(job.get("completionMode") != "Indexed" for job in jobs):
+                findings.append(f"{where}: completionMode not Indexed, pods have no rank")
+        elif document["kind"] == "PyTorchJob":
+            limit = document["spec"].get("runPolicy", {}).get("backoffLimit", 0)
+            if limit < RESTARTS:
+                findings.append(f"PyTorchJob {document['metadata']['name']}: gives up after {limit} restarts of pods")
     for pods in pods_of(manifest):
         policy = pods.job.get("podFailurePolicy")
         restart = pods.spec.get("restartPolicy")
@@ -240,6 +259,11 @@ def policies_fit(manifest: Manifest) -> list[str]:
             findings.append(f"{pods.where}: restartPolicy {restart}, podFailurePolicy needs Never")
         if "backoffLimitPerIndex" in pods.job and pods.job.get("completionMode") != "Indexed":
             findings.append(f"{pods.where}: backoffLimitPerIndex needs completionMode Indexed")
+        alone = pods.job.get("backoffLimit") == 0  # of a JobSet, which starts all pods together
+        if pods.job.get("completionMode") == "Indexed" and "backoffLimitPerIndex" not in pods.job and not alone:
+            findings.append(f"{pods.where}: no backoffLimitPerIndex, one bad shard ends the others")
+        if pods.job and pods.job.get("podReplacementPolicy") != "Failed":
+            findings.append(f"{pods.where}: podReplacementPolicy not Failed, two pods write the same checkpoints")
         names = {container["name"] for container in pods.containers}
         for rule in (policy or {}).get("rules", []):
             of = rule.get("onExitCodes", {}).get("containerName")
@@ -254,9 +278,18 @@ def policies_fit(manifest: Manifest) -> list[str]:
 
 
 def a_wrong_setting_is_final(manifest: Manifest) -> list[str]:
-    """A Job fails at once where `medgen check` ends with 78, and a disruption is not held against a Job of its own."""
+    """All fails at once where `medgen check` ends with 78, and a disruption is not held against a Job of its own."""
     findings = []
+    for document in manifest:
+        rules = document.get("spec", {}).get("failurePolicy", {}).get("rules", [])
+        if document["kind"] == "JobSet" and not any(
+            rule["action"] == "FailJobSet" and rule.get("onJobFailureReasons") == ["PodFailurePolicy"] for rule in rules
+        ):
+            findings.append(f"JobSet {document['metadata']['name']}: `medgen check` ending with 78 does not fail it")
     for pods in pods_of(manifest):
+        first = [argv(container)[:2] for container in pods.spec.get("initContainers", [])][:1]
+        if "--args_file" in argv(pods.spec["containers"][0]) and first != [["medgen", "check"]]:
+            findings.append(f"{pods.where}: begins without `medgen check`")
         if not pods.job:  # a PyTorchJob has no such policy
             continue
         rules = pods.job.get("podFailurePolicy", {}).get("rules", [])
@@ -281,16 +314,72 @@ def a_wrong_setting_is_final(manifest: Manifest) -> list[str]:
 
 
 def grace_covers_the_checkpoint(manifest: Manifest) -> list[str]:
-    """torchrun waits for the last checkpoint, ten seconds less than the kubelet waits for torchrun."""
+    """torchrun waits for the last checkpoint, ten seconds less than the kubelet waits for torchrun; others do not."""
     findings = []
     for pods in pods_of(manifest):
         grace = pods.spec.get("terminationGracePeriodSeconds", 30)
         for container in pods.spec["containers"]:
             if argv(container)[:1] != ["torchrun"]:
+                if grace > LONGEST_GRACE:
+                    findings.append(f"{pods.named(container)}: keeps its node for {grace} s and saves nothing")
                 continue
             patience = int(variables(container).get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
             if patience != grace - SHUTDOWN_MARGIN:
                 findings.append(f"{pods.named(container)}: torchrun waits {patience} s of a grace period of {grace} s")
+    return findings
+
+
+def gpu_nodes_are_tolerated(manifest: Manifest) -> list[str]:
+    """Pods that ask for GPUs tolerate the taint of nodes that have some; the others stay away from those."""
+    findings = []
+    for pods in pods_of(manifest):
+        gpus = any(GPU in container.get("resources", {}).get("limits", {}) for container in pods.containers)
+        if gpus != any(toleration.get("key") == GPU for toleration in pods.spec.get("tolerations", [])):
+            findings.append(f"{pods.where}: {'no' if gpus else 'a'} toleration of nodes with GPUs")
+    return findings
+
+
+def preemptions_are_outlived(manifest: Manifest) -> list[str]:
+    """Run:ai's preemption deletes pods without a DisruptionTarget: it counts as a failure, and may come often."""
+    findings = []
+    for document in manifest:
+        if document["kind"] != "Job" or document["spec"]["template"]["spec"].get("schedulerName") != RUNAI:
+            continue
+        spec = document["spec"]
+        name, least = ("backoffLimitPerIndex", DISRUPTIONS_OF_INDEX)
+        if spec.get("completionMode") != "Indexed":
+            name, least = ("backoffLimit", DISRUPTIONS)
+        if spec.get(name, 0) < least:
+            findings.append(f"Job {document['metadata']['name']}: ends after {spec.get(name)} preemptions ({name})")
+    return findings
+
+
+def quota_is_of_what_queues_cover(manifest: Manifest) -> list[str]:
+    """Kueue never admits a job that asks for what its queue does not cover: CPUs, memory and GPUs are what it does."""
+    findings = []
+    for document in manifest:
+        if "kueue.x-k8s.io/queue-name" not in document["metadata"].get("labels", {}):
+            continue
+        for pods in pods_of([document]):
+            for container in pods.containers:
+                asked = {name for kind in container.get("resources", {}).values() for name in kind}
+                for name in sorted(asked - {"cpu", "memory", GPU}):
+                    findings.append(f"{pods.named(container)}: asks for {name}")
+    return findings
+
+
+def workers_fit_cpus(manifest: Manifest) -> list[str]:
+    """Preprocessing is told its number of processes: by itself it would take all cores of the node."""
+    findings = []
+    for pods in pods_of(manifest):
+        for container in pods.spec["containers"]:
+            script = " ".join(argv(container))
+            if "preprocessing." not in script:
+                continue
+            cpus = container["resources"]["requests"]["cpu"]
+            told = re.findall(r"--workers (\d+)", script)
+            if not told or set(told) != {cpus}:
+                findings.append(f"{pods.named(container)}: {told} workers on {cpus} CPUs")
     return findings
 
 
@@ -358,14 +447,16 @@ def _findings_of_argv(container: Mapping[str, Any]) -> Iterator[str]:
             yield f"expected --args_file FILE and perhaps --shard i/n, got {' '.join(words[4:])}"
             return
         named = options["--args_file"]
-    elif words[:2] == ["medgen", "check"] and len(words) == 3:
+    elif words[:2] == ["medgen", "check"] and (len(words) == 3 or (words[3:4] == ["--shard"] and len(words) == 5)):
         named = words[2]
     elif words[:2] == ["medgen", "stage"] and words[3:4] == ["--target"]:
         return
     elif words[:1] == ["bash"] and f"{SOURCE}/cluster/accept_rejected.sh" in " ".join(words):
         script = " ".join(words)
         modules = re.findall(r"python -m (\S+)", script)
-        for module in modules or ["that is named"]:
+        if not modules:
+            yield f"no module in {script}"
+        for module in modules:
             if not (REPOSITORY / f"{module.replace('.', '/')}.py").is_file():
                 yield f"no module {module} in {script}"
         if not (REPOSITORY / "cluster" / "accept_rejected.sh").is_file():
@@ -428,6 +519,11 @@ def pods_are_hardened(manifest: Manifest) -> list[str]:
     return findings
 
 
+def _shard(container: Mapping[str, Any]) -> str | None:
+    words = argv(container)
+    return words[words.index("--shard") + 1] if "--shard" in words else None
+
+
 def shards_agree(manifest: Manifest) -> list[str]:
     """An Indexed Job has as many indices as `--shard i/n` says, from 0; a merge, which has no --shard, has one pod."""
     findings = []
@@ -435,8 +531,10 @@ def shards_agree(manifest: Manifest) -> list[str]:
         if document["kind"] != "Job":
             continue
         spec, where = document["spec"], f"Job {document['metadata']['name']}"
-        words = argv(spec["template"]["spec"]["containers"][0])
-        shard = words[words.index("--shard") + 1] if "--shard" in words else None
+        shard = _shard(spec["template"]["spec"]["containers"][0])
+        for container in spec["template"]["spec"].get("initContainers", []):
+            if container["name"] == "check" and _shard(container) != shard:
+                findings.append(f"{where}: checks --shard {_shard(container)}, runs --shard {shard}")
         indexed = spec.get("completionMode") == "Indexed"
         if (shard is not None) != indexed:
             findings.append(f"{where}: --shard {shard}, but completionMode {spec.get('completionMode')}")
@@ -518,6 +616,10 @@ RULES: tuple[Callable[[Manifest], list[str]], ...] = (
     policies_fit,
     a_wrong_setting_is_final,
     grace_covers_the_checkpoint,
+    gpu_nodes_are_tolerated,
+    preemptions_are_outlived,
+    quota_is_of_what_queues_cover,
+    workers_fit_cpus,
     user_is_set,
     variables_resolve,
     argv_parses,

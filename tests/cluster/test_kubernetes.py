@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import jsonschema
@@ -33,6 +37,7 @@ SHARDED = {
     "lung_segmentation.predict",
     "cxr_inversion_encoder.optimise",
 }
+PREPROCESSING = {"mimic_cxr.images", "chestxray14.images", "rsna.images", "rsna.crop"}  # in shards
 
 
 def as_job(pods: rules.Pods) -> dict:
@@ -121,11 +126,62 @@ def test_every_stage_has_an_overlay_and_every_sharded_one_a_merge():
     stages = {path.stem for path in ARGS.glob("*.json")}
     assert stages <= set(OVERLAYS)
     assert {name for name in OVERLAYS if workload(render(name))["spec"].get("completionMode") == "Indexed"} == (
-        SHARDED | {"mimic_cxr.images", "chestxray14.images", "stylegan2_anomaly.project.runai"}
+        SHARDED | PREPROCESSING | {"stylegan2_anomaly.project.runai"}
     )
-    assert {f"{name}.merge" for name in SHARDED | {"mimic_cxr.images", "chestxray14.images"}} <= set(OVERLAYS)
+    assert {f"{name}.merge" for name in SHARDED | PREPROCESSING} <= set(OVERLAYS)
     listed = yaml.safe_load((ARGS / "kustomization.yaml").read_text())["configMapGenerator"][0]["files"]
     assert sorted(listed) == sorted(f"{stage}.json" for stage in stages)
+
+
+@pytest.mark.parametrize("step", sorted(PREPROCESSING - {"mimic_cxr.images"}))
+def test_merge_of_preprocessing_is_the_command_of_the_shards_without_shard(step):
+    words = rules.argv(workload(render(step))["spec"]["template"]["spec"]["containers"][0])
+    assert rules.argv(workload(render(f"{step}.merge"))["spec"]["template"]["spec"]["containers"][0]) == words[:-2]
+    assert words[-2] == "--shard"
+
+
+@pytest.mark.parametrize(
+    "overlay", sorted(PREPROCESSING | {f"{step}.merge" for step in PREPROCESSING} | {"lungs", "anomaly_study"})
+)
+def test_preprocessing_takes_the_options_that_it_is_given(overlay, tmp_path):
+    import typer
+
+    (tmp_path / "python").write_text("#!/bin/sh\nprintf '%s ' \"$@\"; echo\n")  # says how it was called
+    (tmp_path / "python").chmod(0o755)
+    words = rules.argv(workload(render(overlay))["spec"]["template"]["spec"]["containers"][0])
+    words = [w.replace(rules.SOURCE, str(REPOSITORY)).replace("$(JOB_COMPLETION_INDEX)", "0") for w in words]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(words, env={"PATH": path}, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout
+    for line in done.stdout.splitlines():
+        flag, module, *options = line.split()
+        assert flag == "-m"
+        command = typer.main.get_command(importlib.import_module(module).app)
+        if options[0][0] != "-":  # a step
+            command = command.commands[options.pop(0).replace("_", "-")]
+        known = {name: param for param in command.params for name in param.opts}
+        given = {option for option in options if option.startswith("--")}
+        assert given <= set(known), line
+        assert {param.name for param in command.params if param.required} <= {known[name].name for name in given}, line
+
+
+def test_each_data_set_that_is_read_is_written_by_an_overlay():
+    """Everything of /data that is neither raw nor somebody's weights."""
+    scripts = {}
+    for name in OVERLAYS:
+        for pods in rules.pods_of(render(name)):
+            scripts[name] = " ".join(word for container in pods.containers for word in rules.argv(container))
+    written = {path for script in scripts.values() for path in re.findall(r"--target (/data/\S+)", script)}
+    read = {path for script in scripts.values() for path in re.findall(r"/data/(?!raw/)\S+", script)}
+    for path in ARGS.glob("*.json"):
+        read |= {f"/data{name}" for name in re.findall(r"'DATA_DIR'\) \+ '(/(?!weights/)[^']+)'", path.read_text())}
+    assert len(read) >= 8
+    assert {"/".join(path.split("/")[:3]) for path in read} == written
+    # boxes, masks and whatever else preprocessing takes from a bundle
+    stages = {f"/outputs/{path.stem.replace('.', '/')}" for path in ARGS.glob("*.json")}
+    for script in scripts.values():
+        for path in re.findall(r"/outputs/\S+", script):
+            assert "/".join(path.split("/")[:4]) in stages
 
 
 @pytest.mark.parametrize("stage", sorted(SHARDED))
@@ -136,6 +192,7 @@ def test_merge_is_the_command_of_the_shards_without_shard(stage):
     assert rules.argv(of_merge["containers"][0]) == words[: words.index("--shard")]
     for container in (of_shards["containers"][0], of_merge["containers"][0]):
         del container["args"]
+    del of_shards["initContainers"][0]["args"], of_merge["initContainers"][0]["args"]
     names = [volume for spec in (of_shards, of_merge) for volume in spec["volumes"] if "configMap" in volume]
     for volume in names:
         del volume["configMap"]
@@ -160,19 +217,22 @@ def test_several_nodes_run_the_pod_of_one_node():
     assert one == several
 
 
-def test_components_before_jobset_reach_every_pod_of_it(tmp_path):
-    components = ["kueue", "runai", "spot", "jobset"]
-    overlay = tmp_path / "overlay"
+def with_components(overlay: Path, resource: str, *components: str) -> list[dict]:
+    """An overlay as a user may write it, rendered."""
     overlay.mkdir()
     relative = Path("../" * len(overlay.parts[1:])) / KUBERNETES.relative_to("/")
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [str(relative / "overlays" / "stylegan2_anomaly.train")],
+        "resources": [str(relative / "overlays" / resource)],
         "components": [str(relative / "components" / name) for name in components],
     }
     (overlay / "kustomization.yaml").write_text(json.dumps(kustomization))
-    documents = render(overlay)
+    return render(overlay)
+
+
+def test_components_before_jobset_reach_every_pod_of_it(tmp_path):
+    documents = with_components(tmp_path / "overlay", "stylegan2_anomaly.train", "kueue", "runai", "spot", "jobset")
     jobset = workload(documents)
     (pods,) = rules.pods_of(documents)
     assert jobset["kind"] == "JobSet"
@@ -181,7 +241,17 @@ def test_components_before_jobset_reach_every_pod_of_it(tmp_path):
     assert pods.spec["schedulerName"] == "runai-scheduler"
     terms = pods.spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert len(terms) == 4  # alternatives: a node of one cloud has the label of that cloud only
+    assert pods.spec["terminationGracePeriodSeconds"] <= 30  # the notice that most clouds give
     assert [finding for rule in rules.RULES for finding in rule(documents)] == []
+
+
+@pytest.mark.parametrize("stage", ["stylegan2_anomaly.score", "cxr_pggan.generate", "lung_segmentation.train"])
+def test_components_may_be_put_together(stage, tmp_path):
+    documents = with_components(tmp_path / "overlay", stage, "spot", "runai", "kueue")
+    assert [finding for rule in rules.RULES for finding in rule(documents)] == []
+    spec = workload(documents)["spec"]["template"]["spec"]
+    assert spec["schedulerName"] == rules.RUNAI
+    assert {toleration["key"] for toleration in spec["tolerations"]} >= {"cloud.google.com/gke-spot"}
 
 
 def test_local_cache_is_filled_from_the_datalist_and_trained_from():
@@ -194,7 +264,8 @@ def test_local_cache_is_filled_from_the_datalist_and_trained_from():
     assert (check["name"], stage["name"]) == ("check", "stage")  # nothing is copied for a training that cannot begin
     given = typer.main.get_command(app).make_context("stage", list(stage["args"])).params
     assert str(given["datalist"]).startswith("/data/")
-    assert rules.argv(main)[-2:] == ["--datalist", f"{given['target']}/datalist.json"]
+    words = rules.argv(main)
+    assert words[words.index("--datalist") + 1] == f"{given['target']}/datalist.json"
     mounts = [
         {m["mountPath"]: m.get("readOnly", False) for m in container["volumeMounts"]} for container in (stage, main)
     ]
@@ -240,6 +311,10 @@ def main(document):
     return pod_spec(document)["containers"][0]
 
 
+def with_one_limit(spec):
+    return {**{name: value for name, value in spec.items() if name != "backoffLimitPerIndex"}, "backoffLimit": 6}
+
+
 def entry(document, name):
     return next(e for e in main(document)["env"] if e["name"] == name)
 
@@ -283,7 +358,17 @@ BROKEN = [
     ),
     (rules.policies_fit, JOB, lambda d: d["spec"].pop("podFailurePolicy"), "no podFailurePolicy"),
     (rules.policies_fit, SHARDS, lambda d: d["spec"].pop("completionMode"), "needs completionMode Indexed"),
-    (rules.policies_fit, JOBSET, lambda d: d["spec"]["failurePolicy"].pop("maxRestarts"), "gives up"),
+    (rules.policies_fit, JOBSET, lambda d: d["spec"]["failurePolicy"].update(maxRestarts=10), "gives up after 10"),
+    (rules.policies_fit, PYTORCHJOB, lambda d: d["spec"]["runPolicy"].update(backoffLimit=10), "gives up after 10"),
+    (rules.policies_fit, SHARDS, lambda d: d["spec"].pop("backoffLimitPerIndex"), "one bad shard"),
+    (rules.policies_fit, SHARDS, lambda d: d.update(spec=with_one_limit(d["spec"])), "one bad shard"),
+    (rules.policies_fit, JOB, lambda d: d["spec"].pop("podReplacementPolicy"), "two pods write"),
+    (
+        rules.policies_fit,
+        JOBSET,
+        lambda d: d["spec"]["replicatedJobs"][0]["template"]["spec"].update(completionMode="NonIndexed"),
+        "pods have no rank",
+    ),
     (
         rules.policies_fit,
         JOBSET,
@@ -292,6 +377,46 @@ BROKEN = [
     ),
     (rules.a_wrong_setting_is_final, JOB, lambda d: d["spec"]["podFailurePolicy"]["rules"].pop(0), "does not fail"),
     (rules.a_wrong_setting_is_final, JOB, lambda d: d["spec"]["podFailurePolicy"]["rules"].pop(1), "Disruption"),
+    (rules.a_wrong_setting_is_final, JOBSET, lambda d: d["spec"]["failurePolicy"].pop("rules"), "does not fail it"),
+    (rules.a_wrong_setting_is_final, JOB, lambda d: pod_spec(d).pop("initContainers"), "without `medgen check`"),
+    (
+        rules.grace_covers_the_checkpoint,
+        SHARDS,
+        lambda d: pod_spec(d).update(terminationGracePeriodSeconds=120),
+        "keeps its node for 120 s",
+    ),
+    (rules.gpu_nodes_are_tolerated, JOB, lambda d: pod_spec(d).pop("tolerations"), "no toleration"),
+    (
+        rules.gpu_nodes_are_tolerated,
+        "mimic_cxr.images",
+        lambda d: pod_spec(d).update(tolerations=[{"key": rules.GPU, "operator": "Exists"}]),
+        "a toleration",
+    ),
+    (
+        rules.preemptions_are_outlived,
+        "stylegan2_anomaly.project.runai",
+        lambda d: d["spec"].update(backoffLimitPerIndex=4),
+        "ends after 4 preemptions (backoffLimitPerIndex)",
+    ),
+    (
+        rules.preemptions_are_outlived,
+        JOB,
+        lambda d: pod_spec(d).update(schedulerName=rules.RUNAI),
+        "ends after 6 preemptions (backoffLimit)",
+    ),
+    (
+        rules.quota_is_of_what_queues_cover,
+        JOBSET,
+        lambda d: main(d)["resources"]["requests"].update({"ephemeral-storage": "10Gi"}),
+        "asks for ephemeral-storage",
+    ),
+    (rules.workers_fit_cpus, "rsna.crop", lambda d: main(d)["args"].remove("--workers"), "[] workers on 8 CPUs"),
+    (
+        rules.workers_fit_cpus,
+        "mimic_cxr.images.merge",
+        lambda d: main(d)["resources"]["requests"].update(cpu="4"),
+        "workers on 4 CPUs",
+    ),
     (
         rules.grace_covers_the_checkpoint,
         JOB,
@@ -334,6 +459,12 @@ BROKEN = [
         "writable root",
     ),
     (rules.shards_agree, SHARDS, lambda d: d["spec"].update(completions=8), "of 8 completions"),
+    (
+        rules.shards_agree,
+        SHARDS,
+        lambda d: pod_spec(d)["initContainers"][0].update(args=pod_spec(d)["initContainers"][0]["args"][:1]),
+        "checks --shard None",
+    ),
     (rules.shards_agree, SHARDS, lambda d: d["spec"].pop("completionMode"), "but completionMode None"),
     (rules.nodes_find_the_first, JOBSET, lambda d: entry(d, "PET_MASTER_ADDR").update(value="m-node-0-0.m"), "m-node"),
     (rules.nodes_find_the_first, JOBSET, lambda d: d["spec"]["network"].update(subdomain="other"), "not the first pod"),

@@ -8,7 +8,21 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+KUBERNETES = REPOSITORY / "cluster" / "kubernetes"
 STAGES = {path.stem: json.loads(path.read_text()) for path in sorted((REPOSITORY / "cluster" / "args").glob("*.json"))}
+# what other stages read of a stage's folder; "": the folder itself
+WRITES = {
+    "cxr_autoencoder_kl.train": {"model.pt"},
+    "cxr_inversion_encoder.train": {"model.pt"},
+    "cxr_inversion_encoder.train_bootstrap": {"model.pt"},
+    "cxr_latent_diffusion.encode": {""},
+    "cxr_latent_diffusion.sample": {""},
+    "cxr_latent_diffusion.train": {"model.pt"},
+    "cxr_pggan.train": {"model.pt"},
+    "lung_segmentation.train": {"model.pt"},
+    "stylegan2_anomaly.project": {"projections", "reconstructions", "w_statistics"},
+    "stylegan2_anomaly.train": {"model.pt"},
+}
 
 
 def bundle(stage: str) -> Path:
@@ -43,7 +57,7 @@ def test_every_setting_exists_and_every_expression_is_one(evaluated):
     assert evaluated["cxr_latent_diffusion.train"]["batch_size"] == 256
     for stage, settings in evaluated.items():
         for value in settings.values():
-            assert not isinstance(value, str) or value.startswith(("/data/", "/outputs/")) or "/" not in value, stage
+            assert not isinstance(value, str) or value.startswith(("/data", "/outputs/")) or "/" not in value, stage
 
 
 def test_each_stage_has_a_folder_of_its_own(evaluated):
@@ -55,11 +69,30 @@ def test_each_stage_has_a_folder_of_its_own(evaluated):
 
 
 def test_what_a_stage_reads_of_outputs_another_stage_writes(evaluated):
-    written = {f"/outputs/{stage.replace('.', '/')}" for stage in STAGES}
+    folders = {stage: f"/outputs/{stage.replace('.', '/')}" for stage in STAGES}
+    written = {f"{folders[stage]}/{name}".rstrip("/") for stage, names in WRITES.items() for name in names}
     for stage, settings in evaluated.items():
         for name, value in settings.items():
-            if isinstance(value, str) and value.startswith("/outputs/"):
-                assert "/".join(value.split("/")[:4]) in written, f"{stage}: {name}"
+            own = {folders[stage]} | ({f"{folders[stage]}/model.pt"} if ".train" in stage else set())
+            if isinstance(value, str) and value.startswith("/outputs/") and value not in own:
+                assert value in written, f"{stage}: {name}"
+
+
+def test_a_stage_writes_what_others_read_of_it(evaluated):
+    for stage, names in WRITES.items():
+        if ".train" in stage:
+            assert {evaluated[stage]["model_path"]} == {f"{evaluated[stage]['output_dir']}/{name}" for name in names}
+            continue
+        text = (bundle(stage) / STAGES[stage]["config_file"]).read_text() if names != {""} else ""
+        for name in names - {""}:
+            assert f"@output_dir + '/{name}'" in text, f"{stage}: {name}"
+
+
+def test_a_stage_in_shards_goes_on_where_it_was():
+    """Also its merge, which would do all of it again or refuse what is there."""
+    merged = {path.name.removesuffix(".merge") for path in KUBERNETES.glob("overlays/*.merge")} & set(STAGES)
+    assert len(merged) == 8
+    assert {stage for stage in merged if STAGES[stage].get("resume") is True} == merged
 
 
 def test_a_training_goes_on_on_any_number_of_gpus_and_is_tracked():

@@ -63,7 +63,10 @@ def test_three_schedulers_run_the_same_command(stage):
     container = of_kubernetes(stage)
     runai = of_runai(stage)
     command = comparable(rules.argv(container))
-    assert comparable(runai[runai.index("--") + 1 :]) == command
+    of_runai_container = runai[runai.index("--") + 1 :]
+    # `medgen check` comes first: by an init container, which Run:ai's own workloads have none of, or by this script
+    assert of_runai_container[:2] == ["bash", f"{rules.SOURCE}/cluster/check_then.sh"]
+    assert comparable(of_runai_container[2:]) == command
     assert comparable(of_slurm(stage)) == command
     # in the same folder, on as many GPUs
     assert runai[runai.index("--working-dir") + 1] == container["workingDir"]
