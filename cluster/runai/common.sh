@@ -1,25 +1,41 @@
 # shellcheck shell=bash
 # Sourced by the scripts of this folder: settings.env, the flags that all workloads share, and how they are submitted.
-# Options of every script: --dry-run prints the commands; --merge submits the merge of a stage's shards, once all are done.
+# Options: --dry-run prints the commands; --merge, of a script that works in shards, submits their merge, once all are
+# done; --nodes N, of a training, asks for N nodes with as many GPUs each as the script says.
 set -euo pipefail
 CLUSTER=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=cluster/settings.sh
 source "$CLUSTER/settings.sh"
 SETTINGS=${SETTINGS:-$CLUSTER/runai/settings.env}
 read_settings "$SETTINGS"
-need PROJECT IMAGE DATA_PVC OUTPUT_PVC
+need PROJECT
 IN_IMAGE=/opt/medgen
 DRY_RUN=
 MERGE=
+NODES=
 ARGUMENTS=()
-for word in "$@"; do
-    case $word in
+SCRIPT=${0##*/}
+while (($# > 0)); do
+    case $1 in
     --dry-run) DRY_RUN=yes ;;
     --merge) MERGE=yes ;;
-    -*) complain "no option $word; there are --dry-run and --merge" ;;
-    *) ARGUMENTS+=("$word") ;;
+    --nodes)
+        NODES=${2:-}
+        [[ $NODES =~ ^[2-9]$|^[1-9][0-9]{1,3}$ ]] || complain "expected two nodes or more after --nodes, got '$NODES'"
+        shift
+        ;;
+    -*) complain "no option $1; there are --dry-run, --merge (shards) and --nodes (trainings)" ;;
+    *) ARGUMENTS+=("$1") ;;
     esac
+    shift
 done
+
+# take NUMBER OPTION...: that the script was given at most so many arguments, and of --merge and --nodes only these
+take() {
+    ((${#ARGUMENTS[@]} <= $1)) || complain "$SCRIPT takes $1 arguments here, got '${ARGUMENTS[*]}'"
+    [[ -z $MERGE || " ${*:2} " == *' --merge '* ]] || complain "$SCRIPT has nothing to merge here: leave out --merge"
+    [[ -z $NODES || " ${*:2} " == *' --nodes '* ]] || complain "$SCRIPT is no training: it does not take --nodes"
+}
 
 # expect NAME FORM HINT: a comma or a space in a value would become another field of a flag
 expect() {
@@ -40,10 +56,10 @@ expect BACKOFF_LIMIT '[0-9]+' 'a whole number'
 
 SHARED=(
     --project "$PROJECT"
-    --image "$IMAGE"
+    --image "${IMAGE:-}"
     --image-pull-policy IfNotPresent
-    --existing-pvc "claimname=$OUTPUT_PVC,path=/outputs"
-    --existing-pvc "claimname=$DATA_PVC,path=/data"
+    --existing-pvc "claimname=${OUTPUT_PVC:-},path=/outputs"
+    --existing-pvc "claimname=${DATA_PVC:-},path=/data"
     --environment-variable DATA_DIR=/data
     --environment-variable OUTPUT_DIR=/outputs
     --environment-variable HOME=/tmp
@@ -53,8 +69,7 @@ SHARED=(
     --run-as-non-root
     --seccomp-profile RuntimeDefault
     --preemptibility "${PREEMPTIBILITY:-preemptible}"
-    --backoff-limit "${BACKOFF_LIMIT:-6}"
-    --termination-grace-period 120s # the last checkpoint is written in it
+    --backoff-limit "${BACKOFF_LIMIT:-100}"
 )
 read -ra pools <<<"${NODE_POOLS:-}"
 for pool in "${pools[@]}"; do SHARED+=(--node-pools "$pool"); done
@@ -64,7 +79,10 @@ if [[ -n ${MLFLOW_SECRET:-} ]]; then
 fi
 ON_GPUS=()
 [[ -z ${GPU_TYPE:-} ]] || ON_GPUS+=(--node-type "$GPU_TYPE")
-TORCHRUN=(--environment-variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110) # ten seconds less than the grace period
+# the last checkpoint is written in the grace period; torchrun waits for it ten seconds less
+TORCHRUN=(--termination-grace-period 120s --environment-variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110)
+IN_PIECES=(--termination-grace-period 30s) # nothing to save: what is done of a stage lies in files
+CHECKED=(bash "$IN_IMAGE/cluster/check_then.sh")
 
 # submit VERB... NAME FLAG... --command -- COMMAND...: runai, or with --dry-run what would be run
 submit() {
@@ -92,55 +110,106 @@ stage() {
     ARGS_FILE=$IN_IMAGE/cluster/args/$1.json
 }
 
-# train STAGE FLAG...: torchrun on the GPUs of one pod
+# train STAGE FLAG...: torchrun on the GPUs of one pod, or with --nodes of several
 train() {
+    local verb flags=()
+    take 0 --nodes
+    need IMAGE DATA_PVC OUTPUT_PVC
     stage "$1"
-    submit training standard submit "$WORKLOAD" "${SHARED[@]}" "${ON_GPUS[@]}" "${TORCHRUN[@]}" --restart-policy Never \
-        --environment-variable PET_STANDALONE=1 --environment-variable PET_NPROC_PER_NODE=gpu \
-        --environment-variable PET_MAX_RESTARTS=3 "${@:2}" \
-        --working-dir "$FOLDER" --command -- torchrun -m monai.bundle run --args_file "$ARGS_FILE"
-}
-
-# train_on_nodes STAGE NODES FLAG...: torchrun in each of several pods; the operator tells them PET_NNODES and the rest
-train_on_nodes() {
-    stage "$1"
-    # the master trains as well: pods = workers + 1; their processes start anew together, with the pods
-    submit training pytorch submit "$WORKLOAD" --workers "$(($2 - 1))" "${SHARED[@]}" "${ON_GPUS[@]}" "${TORCHRUN[@]}" \
-        --environment-variable PET_MAX_RESTARTS=0 --restart-policy OnFailure --master-restart-policy OnFailure --clean-pod-policy Running "${@:3}" \
-        --working-dir "$FOLDER" --command -- torchrun -m monai.bundle run --args_file "$ARGS_FILE"
+    if [[ -z $NODES ]]; then
+        verb=standard
+        flags+=(--restart-policy Never --environment-variable PET_MAX_RESTARTS=3
+            --environment-variable PET_STANDALONE=1 --environment-variable PET_NPROC_PER_NODE=gpu)
+    else
+        verb=pytorch # the operator tells each pod PET_NNODES and the rest
+        # The master trains as well: pods = workers + 1. Where one process is lost, those of all pods end, and kubelet
+        # starts each container again by itself; they meet at the next rendezvous. Each counts as a restart.
+        flags+=(--workers "$((NODES - 1))" --restart-policy OnFailure --master-restart-policy OnFailure
+            --clean-pod-policy Running --environment-variable PET_MAX_RESTARTS=0)
+    fi
+    submit training "$verb" submit "$WORKLOAD" "${SHARED[@]}" "${ON_GPUS[@]}" "${TORCHRUN[@]}" "${flags[@]}" "${@:2}" \
+        --working-dir "$FOLDER" --command -- "${CHECKED[@]}" torchrun -m monai.bundle run --args_file "$ARGS_FILE"
 }
 
 # evaluate STAGE FLAG...: one process in one pod
 evaluate() {
+    take 0
+    need IMAGE DATA_PVC OUTPUT_PVC
     stage "$1"
-    submit training standard submit "$WORKLOAD" "${SHARED[@]}" "${ON_GPUS[@]}" --restart-policy Never "${@:2}" \
-        --working-dir "$FOLDER" --command -- python -m monai.bundle run --args_file "$ARGS_FILE"
+    submit training standard submit "$WORKLOAD" "${SHARED[@]}" "${ON_GPUS[@]}" "${IN_PIECES[@]}" --restart-policy Never \
+        "${@:2}" --working-dir "$FOLDER" \
+        --command -- "${CHECKED[@]}" python -m monai.bundle run --args_file "$ARGS_FILE"
 }
 
-# in_shards NAME SHARDS FLAG... -- COMMAND...: a workload for each shard, or with --merge one for all; runai's own
-# --parallelism starts pods that do not know which of them they are
-in_shards() {
-    local name=$1 shards=$2 flags=() i
-    shift 2
+# in_one NAME FLAG... -- COMMAND...: a workload of one pod
+in_one() {
+    local name=$1 flags=()
+    need IMAGE DATA_PVC OUTPUT_PVC
+    shift
     while [[ $1 != -- ]]; do
         flags+=("$1")
         shift
     done
-    shift
-    [[ $shards =~ ^[1-9][0-9]{0,3}$ ]] || complain "expected a number of shards up to 9999, got '$shards'"
-    if [[ -n $MERGE ]]; then
-        submit training standard submit "$name-merge" "${SHARED[@]}" --restart-policy Never "${flags[@]}" --command -- "$@"
-        return
-    fi
-    for ((i = 0; i < shards; i++)); do
-        submit training standard submit "$name-$i" "${SHARED[@]}" --restart-policy Never "${flags[@]}" \
-            --command -- "$@" --shard "$i/$shards"
-    done
+    submit training standard submit "$name" "${SHARED[@]}" "${IN_PIECES[@]}" --restart-policy Never "${flags[@]}" \
+        --command "$@"
 }
 
-# stage_in_shards STAGE FLAG...: as many as the script's argument says, else SHARDS
+# in_shards NAME SHARDS [NUMBER...] FLAG... -- COMMAND...: a workload for each shard, or for those of these numbers, or
+# with --merge one for all; runai's own --parallelism starts pods that do not know which of them they are
+in_shards() {
+    local name=$1 shards=$2 numbers=() failed=() i
+    shift 2
+    while [[ $1 != -* ]]; do
+        numbers+=("$1")
+        shift
+    done
+    if [[ -n $MERGE ]]; then
+        in_one "$name-merge" "$@"
+        return
+    fi
+    [[ $shards =~ ^[1-9][0-9]{0,3}$ ]] || complain "expected a number of shards up to 9999, got '$shards'"
+    for i in "${numbers[@]}"; do
+        [[ $i =~ ^(0|[1-9][0-9]{0,3})$ && $i -lt $shards ]] ||
+            complain "expected numbers of shards from 0 to $((shards - 1)), got '$i'"
+    done
+    ((${#numbers[@]} > 0)) || for ((i = 0; i < shards; i++)); do numbers+=("$i"); done
+    for i in "${numbers[@]}"; do
+        in_one "$name-$i" "$@" --shard "$i/$shards" || failed+=("$i")
+    done
+    ((${#failed[@]} == 0)) || {
+        echo "${#failed[@]} of ${#numbers[@]} shards were not submitted; again, when what runai says is mended (a workload" \
+            "of an earlier attempt: runai training standard delete $name-${failed[0]}): $SCRIPT ... $shards ${failed[*]}" >&2
+        return 1
+    }
+}
+
+# stage_in_shards STAGE SHARDS FLAG...: the script's own arguments are another number of shards, and which of them
 stage_in_shards() {
-    stage "$1"
-    in_shards "$WORKLOAD" "${ARGUMENTS[0]:-${SHARDS:-8}}" "${ON_GPUS[@]}" "${@:2}" --working-dir "$FOLDER" \
-        -- python -m monai.bundle run --args_file "$ARGS_FILE"
+    local stage=$1 shards=("${ARGUMENTS[@]:-$2}")
+    if [[ -n $MERGE ]]; then take 0 --merge; else take 10000; fi
+    stage "$stage"
+    in_shards "$WORKLOAD" "${shards[@]}" "${ON_GPUS[@]}" "${@:3}" --working-dir "$FOLDER" \
+        -- "${CHECKED[@]}" python -m monai.bundle run --args_file "$ARGS_FILE"
+}
+
+# steps FIRST...: sets STEP to the script's first argument, one of these or else the first of them
+steps() {
+    STEP=${ARGUMENTS[0]:-$1}
+    [[ " $* " == *" $STEP "* ]] || complain "$SCRIPT has the steps $*, got '$STEP'"
+    ARGUMENTS=("${ARGUMENTS[@]:1}")
+}
+
+# preprocess NAME SHARDS COMMAND...: a command of preprocessing on CPUs, in so many shards or, where SHARDS is 1, in one
+# pod; the script's other arguments are another number of shards, and which of them
+preprocess() {
+    local name=preprocess-${1//_/-} shards=("${ARGUMENTS[@]:-$2}")
+    local flags=(--cpu-core-request 8 --cpu-memory-request 16Gi --cpu-memory-limit 16Gi --working-dir /tmp)
+    local command=(bash "$IN_IMAGE/cluster/accept_rejected.sh" python -m "${@:3}")
+    if [[ $2 == 1 ]]; then
+        take 0
+        in_one "$name" "${flags[@]}" -- "${command[@]}"
+    else
+        if [[ -n $MERGE ]]; then take 0 --merge; else take 10000; fi
+        in_shards "$name" "${shards[@]}" "${flags[@]}" -- "${command[@]}"
+    fi
 }

@@ -1,10 +1,9 @@
 #!/bin/bash
 # Draws samples of the latent diffusion model, in shards.
-# cxr_latent_diffusion.sample.sh [SHARDS]; when all are done, cxr_latent_diffusion.sample.sh --merge
+# cxr_latent_diffusion.sample.sh [SHARDS [NUMBER...]]; when all are done, cxr_latent_diffusion.sample.sh --merge
 set -euo pipefail
 # shellcheck source=cluster/runai/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh" "$@"
-SHARDS=${SHARDS:-8}
-stage_in_shards cxr_latent_diffusion.sample \
+stage_in_shards cxr_latent_diffusion.sample 8 \
     --gpu-devices-request 1 --cpu-core-request 8 \
     --cpu-memory-request 32Gi --cpu-memory-limit 32Gi --large-shm

@@ -1,10 +1,9 @@
 #!/bin/bash
 # Finds the lungs in the radiographs of a data set, in shards.
-# lung_segmentation.predict.sh [SHARDS]; when all are done, lung_segmentation.predict.sh --merge
+# lung_segmentation.predict.sh [SHARDS [NUMBER...]]; when all are done, lung_segmentation.predict.sh --merge
 set -euo pipefail
 # shellcheck source=cluster/runai/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh" "$@"
-SHARDS=${SHARDS:-8}
-stage_in_shards lung_segmentation.predict \
+stage_in_shards lung_segmentation.predict 8 \
     --gpu-devices-request 1 --cpu-core-request 8 \
     --cpu-memory-request 32Gi --cpu-memory-limit 32Gi --large-shm

@@ -1,9 +1,11 @@
 #!/bin/bash
 # A Kubernetes overlay through Run:ai: submit_overlay.sh stylegan2_anomaly.project.runai
 # The workload goes to `runai workload submit`, which takes one object; its ConfigMap and Service go to kubectl.
+# Of the settings it needs PROJECT; image and claims are those of cluster/kubernetes/site.
 set -euo pipefail
 # shellcheck source=cluster/runai/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh" "$@"
+take 1
 OVERLAY=${ARGUMENTS[0]:?the name of a folder of cluster/kubernetes/overlays}
 [[ $OVERLAY =~ ^[a-z0-9_.]+$ && -d $CLUSTER/kubernetes/overlays/$OVERLAY ]] ||
     complain "no overlay $OVERLAY; they are the folders of cluster/kubernetes/overlays"

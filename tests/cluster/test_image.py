@@ -84,7 +84,10 @@ def test_all_that_runs_reaches_the_builder():
     if tracked.returncode:
         pytest.skip("needs git and a checkout")
     patterns = [r"src/medgen/.+", r"preprocessing/.+\.py", r"bundles/\w+/(configs|docs)/.+", r"bundles/\w+/LICENSE"]
-    patterns += [r"cluster/args/.+\.json", r"cluster/(requirements\.lock|install\.sh|accept_rejected\.sh)"]
+    patterns += [
+        r"cluster/args/.+\.json",
+        r"cluster/(requirements\.lock|install\.sh|accept_rejected\.sh|check_then\.sh)",
+    ]
     wanted = {name for name in tracked.stdout.split("\n") if any(re.fullmatch(p, name) for p in patterns)}
     assert wanted
     assert wanted <= passed
@@ -121,6 +124,39 @@ def test_shellcheck_has_nothing_to_say(script):
     done = subprocess.run([find_tool("shellcheck"), script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
     assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("made_by_it", [False, True], ids=["foreign", "own"])
+def test_the_trial_deletes_nothing_that_it_has_not_made(tmp_path, made_by_it):
+    # past the new mount namespace, up to the first use of Python
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\necho /nonexistent/python\n")
+    stub.chmod(0o755)
+    command = [ROOT / "cluster" / "try_without_engine.sh", tmp_path]
+    environment = {**os.environ, "PYTHON": str(stub), "INSIDE": "1"}
+    for name in ("data", "medgen_image/data") if not made_by_it else ("data",):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "scan.png").touch()
+    if made_by_it:
+        subprocess.run(command, env=environment, capture_output=True, timeout=60)
+        (tmp_path / "medgen_image" / "data" / "of_last_time").touch()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "data" / "scan.png").exists()
+    if made_by_it:
+        assert "/nonexistent/python" in done.stderr
+        assert not (tmp_path / "medgen_image" / "data" / "of_last_time").exists()
+    else:
+        assert done.returncode == 2
+        assert re.fullmatch(r"expected no \S+/medgen_image, or one that this script made.*\n", done.stderr)
+        assert (tmp_path / "medgen_image" / "data" / "scan.png").exists()
+
+
+@pytest.mark.parametrize("uid", ["0", "root", "1.5"])
+def test_the_trial_refuses_a_user_before_it_makes_anything(tmp_path, uid):
+    command = [ROOT / "cluster" / "try_without_engine.sh", tmp_path / "new", uid]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert re.fullmatch(f"expected a number above 0 as UID, got '{uid}'; .*\n", done.stderr)
 
 
 def test_base_is_named_by_digest_and_can_be_another():

@@ -19,7 +19,14 @@ ROOT = Path(__file__).parents[2]
 RUNAI = ROOT / "cluster" / "runai"
 SCRIPTS = sorted(path.name for path in RUNAI.glob("*.sh") if path.name != "common.sh")
 STAGES = sorted(path.stem for path in (ROOT / "cluster" / "args").glob("*.json"))
-GENERAL = {"train_on_nodes.sh": ["cxr_latent_diffusion.train", "3"], "submit_overlay.sh": ["stylegan2_anomaly.project"]}
+PREPROCESSING = {
+    "preprocess_chestxray14.sh": [""],
+    "preprocess_mimic_cxr.sh": ["organise", "create_ids", "sections", "sentences"],
+    "preprocess_rsna.sh": ["organise", "crop"],
+    "preprocess_lungs.sh": ["images", "masks"],
+    "preprocess_anomaly_study.sh": ["corrupt", "split"],
+}
+CHECKED = ["bash", "/opt/medgen/cluster/check_then.sh"]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 
 
@@ -71,10 +78,10 @@ def test_every_stage_has_a_script_and_every_script_a_stage():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_submitted_with_its_args_file_in_its_bundles_folder(stage, site):
-    calls = site.calls(f"{stage}.sh", SHARDS="2")
+    calls = site.calls(f"{stage}.sh")
     bundle, training = stage.split(".")[0], ".train" in stage
     for n, call in enumerate(calls):
-        command = ["torchrun", "-m"] if training else ["python", "-m"]
+        command = [*CHECKED, "torchrun" if training else "python", "-m"]
         command += ["monai.bundle", "run", "--args_file", f"/opt/medgen/cluster/args/{stage}.json"]
         command += ["--shard", f"{n}/{len(calls)}"] * (len(calls) > 1)
         assert call["command"] == command
@@ -83,10 +90,12 @@ def test_a_stage_is_submitted_with_its_args_file_in_its_bundles_folder(stage, si
         assert flags["cpu-memory-request"] == flags["cpu-memory-limit"]
         assert {"command", "run-as-non-root", "large-shm"} <= flags.keys()
         assert (flags["preemptibility"], flags["restart-policy"]) == ("preemptible", "Never")
+        assert int(flags["backoff-limit"]) >= 100  # each preemption may count as a failure
         assert flags["existing-pvc"] == ["claimname=medgen-outputs,path=/outputs", "claimname=medgen-data,path=/data"]
         assert {"DATA_DIR", "OUTPUT_DIR", "USER", "HOME"} <= variables(call).keys()
+        grace = int(flags["termination-grace-period"].removesuffix("s"))
+        assert training or grace == 30  # what has nothing to save keeps no GPU for longer
         if training:
-            grace = int(flags["termination-grace-period"].removesuffix("s"))
             assert int(variables(call)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == grace - 10
             assert (variables(call)["PET_NPROC_PER_NODE"], variables(call)["PET_STANDALONE"]) == ("gpu", "1")
     assert len({call["name"] for call in calls}) == len(calls)
@@ -103,15 +112,80 @@ def test_shards_are_as_many_as_asked_for_and_merged_without(site):
     assert "--shard" not in merge["command"]
 
 
-def test_steps_of_mimic_cxr(site):
-    calls = site.calls("preprocess_mimic_cxr.sh", "organise", "2")
-    assert [call["command"][-1] for call in calls] == ["0/2", "1/2"]
-    for call in calls + site.calls("preprocess_mimic_cxr.sh", "sentences"):
-        assert "gpu-devices-request" not in call["flags"]
-        script = call["command"][1].removeprefix("/opt/medgen/")
-        assert (ROOT / script).is_file()
-    assert call["command"][5] == "sentences"
-    assert "--shard" not in call["command"]
+def test_lost_shards_are_submitted_by_their_numbers(site):
+    calls = site.calls("stylegan2_anomaly.project.sh", "16", "3", "11")
+    assert [call["command"][-1] for call in calls] == ["3/16", "11/16"]
+    calls = site.calls("preprocess_rsna.sh", "crop", "8", "7")
+    assert [call["command"][-1] for call in calls] == ["7/8"]
+
+
+def test_one_submission_that_fails_leaves_no_other_out(site):
+    runai = site.folder / "bin" / "runai"
+    refusal = 'case $* in *project-[13]" "*) echo "already exists" >&2; exit 1 ;; esac'
+    runai.write_text(runai.read_text().replace("\n", f"\n{refusal}\n", 1))
+    done = site.run("stylegan2_anomaly.project.sh", "4")
+    submitted = [json.loads(line)["name"][-1] for line in (site.folder / "calls").read_text().splitlines()]
+    assert (done.returncode, submitted) == (1, ["0", "2"])
+    assert "2 of 4 shards were not submitted" in done.stderr
+    assert done.stderr.endswith("stylegan2_anomaly.project.sh ... 4 1 3\n")
+
+
+def test_steps_of_preprocessing_take_as_many_cores_as_they_have(site):
+    sharded = {"chestxray14", "organise", "crop"}
+    for script, steps in PREPROCESSING.items():
+        for step in steps:
+            calls = site.calls(script, *[step] * bool(step), *["2"] * ((step or "chestxray14") in sharded))
+            for number, call in enumerate(calls):
+                assert "gpu-devices-request" not in call["flags"]
+                assert (ROOT / call["command"][1].removeprefix("/opt/medgen/")).is_file()
+                assert step in " ".join(call["command"])
+                if step not in ("create_ids", "split"):  # which have no workers
+                    workers = call["command"][call["command"].index("--workers") + 1]
+                    assert workers == call["flags"]["cpu-core-request"]
+                assert call["command"][-1] == f"{number}/2" or len(calls) == 1
+            assert len(calls) == (2 if (step or "chestxray14") in sharded else 1)
+
+
+def test_what_stages_read_is_what_a_script_writes(site):
+    """Every folder of /data in the args files, but the weights of other people, is a --target of preprocessing."""
+    written = {"weights"}
+    for script, steps in PREPROCESSING.items():
+        for step in steps:
+            done = site.run(script, *[step] * bool(step), "--dry-run")
+            written |= set(re.findall(r"--target /data/(\w+)", done.stdout))
+    text = "".join(path.read_text() for path in (ROOT / "cluster" / "args").glob("*.json"))
+    assert set(re.findall(r"DATA_DIR'\) \+ '/(\w+)", text)) <= written
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cxr_pggan.train.sh --merge",
+        "cxr_pggan.train.sh 4",
+        "cxr_pggan.train.sh --nodes 1",
+        "cxr_pggan.train.sh --nodes",
+        "cxr_pggan.train.sh --dryrun",
+        "cxr_pggan.evaluate.sh --nodes 2",
+        "cxr_pggan.evaluate.sh 2",
+        "cxr_pggan.generate.sh two",
+        "cxr_pggan.generate.sh 2 words",
+        "cxr_pggan.generate.sh 4 4",
+        "cxr_pggan.generate.sh 4 --merge",
+        "cxr_pggan.generate.sh --nodes 2",
+        "preprocess_mimic_cxr.sh 8",
+        "preprocess_mimic_cxr.sh organize",
+        "preprocess_mimic_cxr.sh sections 3",
+        "preprocess_mimic_cxr.sh sections --merge",
+        "preprocess_chestxray14.sh organise",
+        "preprocess_lungs.sh masks --merge",
+        "submit_overlay.sh stylegan2_anomaly.project more",
+        "submit_overlay.sh ../base",
+    ],
+)
+def test_what_a_script_does_not_know_is_refused(words, site):
+    done = site.run(*words.split())
+    assert (done.returncode, done.stderr.count("\n")) == (78, 1)
+    assert not (site.folder / "calls").exists()
 
 
 @pytest.mark.parametrize(("code", "becomes"), [(0, 0), (3, 0), (1, 1), (2, 2), (137, 137)])
@@ -121,13 +195,43 @@ def test_rejected_files_do_not_fail_a_step_of_preprocessing(code, becomes):
 
 
 def test_a_training_on_several_nodes_has_one_pod_more_than_workers(site):
-    (call,) = site.calls("train_on_nodes.sh", "cxr_latent_diffusion.train", "3")
+    (call,) = site.calls("cxr_inversion_encoder.train.sh", "--nodes", "3")
+    (single,) = site.calls("cxr_inversion_encoder.train.sh")
     assert call["verb"] == ["training", "pytorch", "submit"]
     assert call["flags"]["workers"] == "2"
-    assert call["command"][0] == "torchrun"
+    assert call["flags"]["gpu-devices-request"] == single["flags"]["gpu-devices-request"] == "2"
+    assert call["command"] == single["command"]
     assert not {"PET_STANDALONE", "PET_NNODES", "PET_NPROC_PER_NODE"} & variables(call).keys()  # the operator's
-    assert site.run("train_on_nodes.sh", "cxr_latent_diffusion.train", "1").returncode == 78
-    assert site.run("train_on_nodes.sh", "cxr_latent_diffusion.encode", "2").returncode == 78
+
+
+@pytest.mark.parametrize(("code", "ends", "runs"), [(0, 5, True), (75, 75, False), (78, 78, False)])
+def test_a_stage_begins_when_its_check_is_content(code, ends, runs, tmp_path):
+    for name, exit_code in (("medgen", code), ("torchrun", 5)):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >>{tmp_path}/calls\nexit {exit_code}\n')
+        program.chmod(0o755)
+    command = "torchrun -m monai.bundle run --args_file a.json --shard 0/2".split()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / "cluster" / "check_then.sh", *command], env=environment, check=False)
+    assert done.returncode == ends
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["medgen check a.json --shard 0/2"] + [" ".join(command)] * runs
+    done = subprocess.run([ROOT / "cluster" / "check_then.sh", "torchrun", "a.json"], env=environment, check=False)
+    assert done.returncode == 78
+
+
+def test_a_check_that_is_told_to_stop_ends_at_once_as_again(tmp_path):
+    program = tmp_path / "medgen"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 600\n")
+    program.chmod(0o755)
+    process = subprocess.Popen(
+        [ROOT / "cluster" / "check_then.sh", "torchrun", "--args_file", "a.json"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=60) == 75
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which renders the overlay, is not installed")
@@ -138,6 +242,7 @@ def test_an_overlay_is_submitted_as_one_object_and_the_others_are_applied(site):
         f'apply) echo "$1 $2 $3" >{site.folder}/applied; cat "$5" >>{site.folder}/applied ;;\nesac\n'
     )
     kubectl.chmod(0o755)
+    site.settings.write_text("PROJECT=radiology\n")  # image and claims are those of cluster/kubernetes/site
     (call,) = site.calls("submit_overlay.sh", "stylegan2_anomaly.project")
     (workload,) = yaml.safe_load_all(call["manifest"])
     applied, others = (site.folder / "applied").read_text().split("\n", 1)
@@ -146,14 +251,14 @@ def test_an_overlay_is_submitted_as_one_object_and_the_others_are_applied(site):
     assert applied == "apply --namespace runai-radiology"
     assert [item["kind"] for item in others] == ["ConfigMap"]
     assert others[0]["metadata"]["name"] in call["manifest"]
-    assert site.run("submit_overlay.sh", "../base").returncode == 78
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_prints_what_runai_would_take_and_submits_nothing(script, site):
     if script == "submit_overlay.sh" and shutil.which("kubectl") is None:
         pytest.skip("kubectl, which renders the overlay, is not installed")
-    done = site.run(script, *GENERAL.get(script, []), "--dry-run", SHARDS="2")
+    overlay = ["stylegan2_anomaly.project"] * (script == "submit_overlay.sh")
+    done = site.run(script, *overlay, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert not (site.folder / "calls").exists()
     lines = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("runai ")]
@@ -224,13 +329,6 @@ def test_mistakes_in_settings_are_told_in_one_line(line, message, site):
     assert message in done.stderr
     site.settings.unlink()
     assert "copy settings.env.example" in site.run("cxr_pggan.train.sh").stderr
-
-
-def test_a_flag_that_a_script_does_not_know_is_refused(site):
-    done = site.run("cxr_pggan.train.sh", "--dryrun")
-    assert done.returncode == 78
-    assert "--dry-run" in done.stderr
-    assert not (site.folder / "calls").exists()
 
 
 GOOD = "training standard submit x --project p --image i --gpu-devices-request 1 --command -- torchrun a.py".split()

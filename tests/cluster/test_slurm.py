@@ -50,7 +50,8 @@ class Site:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         settings = {"DATA_DIR": folder / "data", "OUTPUT_DIR": folder / "outputs", "VENV": folder / "venv"}
-        settings |= {"NPROC_PER_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MAX_FAILURE_REQUEUES": 1}
+        settings |= {"NPROC_PER_NODE": 1, "RENDEZVOUS_ADDRESS": "127.0.0.1", "RENDEZVOUS_PORT": port}
+        settings |= {"MAX_FAILURE_REQUEUES": 1}
         (folder / "settings.env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
 
     def program(self, name, text=None):
@@ -106,7 +107,8 @@ def both_run(site):
 
 
 def test_a_job_that_is_told_to_stop_writes_its_checkpoints_and_goes_back_into_the_queue(stub, cluster):
-    job = stub.submit("train.sbatch", "cxr_pggan.train", options=["--nodes=2"])
+    # what the profile of a login node may say is no business of this job
+    job = stub.submit("train.sbatch", "cxr_pggan.train", options=["--nodes=2"], MASTER_ADDR="localhost")
     both_run(stub)
     cluster.run("scancel", "--batch", "--signal=TERM", job)  # what --signal=B:TERM@120 does before the time is over
     ended = cluster.wait(job, ENDED)
@@ -143,6 +145,24 @@ def test_a_failure_is_not_requeued_for_ever_and_a_mistake_not_at_all(stub, clust
     assert "no stage cxr_pggan.trian" in stub.log()
 
 
+def test_the_end_of_its_time_leaves_a_job_its_attempts(stub, cluster):
+    stub.program(
+        "torchrun",
+        "attempt=${SLURM_RESTART_COUNT:-0}\n"
+        'echo "attempt $attempt"\n'
+        "((attempt < 3)) || exit 0\n"
+        "((attempt == 1)) || exit 1\n"
+        "trap 'exit 1' TERM\n"
+        "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n",
+    )
+    job = stub.submit("train.sbatch", "cxr_pggan.train")
+    stub.wait_for(lambda: "attempt 1" in stub.log(), "the second attempt")
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    ended = cluster.wait(job, ENDED)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "3"), stub.log()
+    assert not list((stub.folder / "outputs").glob(".failures-*"))
+
+
 def test_a_cancelled_job_stays_cancelled(stub, cluster):
     job = stub.submit("train.sbatch", "cxr_pggan.train", options=["--nodes=2"])
     both_run(stub)
@@ -161,32 +181,34 @@ def test_shards_are_numbered_and_the_merge_waits_for_all(site, cluster):
         "[[ $* != *[12]/3 || -e $lost ]] || { touch $lost; kill -9 $$; }\n",
     )
     own = {"MEDGEN_ROOT": str(site.folder), "SETTINGS": str(site.folder / "settings.env"), "SBATCH_OUTPUT": "%x.log"}
-    printed = cluster.run(
-        "bash", "-c", f"cd {site.folder} && cluster/slurm/submit_shards.sh 3 -- python -m preprocessing.images", **own
-    )
-    merge = printed.split()[-1]
-    ended = cluster.wait(merge, ENDED)
+    script = f"cd {site.folder} && cluster/slurm/submit_shards.sh"
+    merge = cluster.run("bash", "-c", f"{script} 3 -- python -m preprocessing.images", **own).strip()
+    after = cluster.run("bash", "-c", f"{script} 1 -- python -m preprocessing.later", AFTER=merge, **own).strip()
+    assert cluster.job(merge)["TresPerNode"] == "gres:gpu:0"  # it has no use for one
+    ended = cluster.wait(after, ENDED)
     calls = (site.folder / "outputs" / "calls").read_text().splitlines()
     expected = [f"-m preprocessing.images --shard {i}/3" for i in (0, 1, 1, 2, 2)]
     assert ended["JobState"] == "COMPLETED"
-    assert sorted(calls[:-1]) == expected
-    assert calls[-1] == "-m preprocessing.images"
+    assert sorted(calls[:5]) == expected
+    later = ["-m preprocessing.later --shard 0/1", "-m preprocessing.later"]
+    assert calls[5:] == ["-m preprocessing.images", *later]
 
 
 def test_with_an_image_check_and_stage_run_in_it(site, cluster):
     site.stage("cxr_pggan.generate")
     site.program("apptainer", 'echo "$*" >>$OUTPUT_DIR/calls\n')
-    for arguments in (["cxr_pggan.generate"], ["--", "python", "-m", "preprocessing.images"]):
-        job = site.submit("array.sbatch", *arguments, IMAGE="medgen.sif")
+    command = ["--", "python", "-m", "preprocessing.images"]
+    for options, arguments in ((["--array=2"], ["cxr_pggan.generate"]), ([], command)):
+        job = site.submit("array.sbatch", *arguments, options=options, IMAGE="medgen.sif", SHARDS="4")
         assert cluster.wait(job, ENDED)["JobState"] == "COMPLETED", site.log()
     folder, args = site.folder, site.folder / "cluster" / "args" / "cxr_pggan.generate.json"
     bound = f"--bind {folder}:{folder}:ro --bind {folder}/data:{folder}/data:"
     outputs = f"--bind {folder}/outputs:{folder}/outputs medgen.sif"
-    in_bundle = f"exec --nv --pwd {folder}/bundles/cxr_pggan {bound}ro {outputs}"
+    in_bundle = f"exec --nv --pwd /opt/medgen/bundles/cxr_pggan {bound}ro {outputs}"
     assert (folder / "outputs" / "calls").read_text().splitlines() == [
-        f"{in_bundle} medgen check {args}",
-        f"{in_bundle} python -m monai.bundle run --args_file {args}",
-        f"exec --nv --pwd {folder} {bound}rw {outputs} bash {folder}/cluster/accept_rejected.sh "
+        f"{in_bundle} medgen check {args} --shard 2/4",
+        f"{in_bundle} python -m monai.bundle run --args_file {args} --shard 2/4",
+        f"exec --nv --pwd /opt/medgen {bound}rw {outputs} bash /opt/medgen/cluster/accept_rejected.sh "
         "python -m preprocessing.images",
     ]
 
