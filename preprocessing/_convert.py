@@ -27,10 +27,10 @@ import threading
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -47,6 +47,7 @@ from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.data.shard import parse_shard, shard_of
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
+from medgen.preemption import AGAIN
 
 __all__ = [
     "Channels",
@@ -58,6 +59,7 @@ __all__ = [
     "clear_parts",
     "convert",
     "convert_file",
+    "exit_code",
     "file_key",
     "finish",
     "finish_shard",
@@ -85,6 +87,7 @@ JOURNAL = ".journal.jsonl"
 SHARD_JOURNALS = ".journal.*-of-*.jsonl"
 JOURNAL_VERSION = 1
 INTERRUPTED = 130  # exit code, as of a shell
+REJECTED = 3  # exit code
 PARTS = ".parts"  # unfinished PNGs; on the target's own disk, so that moving one into place is a single step
 TRIES = 5  # of a PNG whose unfinished file another process has cleared away
 
@@ -152,7 +155,7 @@ class Outcome:
         modality: DICOM Modality; empty if the file does not say.
         view: DICOM ViewPosition; empty if the file does not say.
         colour: whether the PNGs have three channels.
-        final: False if trying again may help (a disk error, too little memory).
+        final: False if trying again may help (a disk error, too little memory); see :func:`exit_code`.
         key: :func:`file_key` of the source, which tells whether it is still the same; None if it has gone.
         bytes: size of each file written.
         items: datalist items, of a command that knows more of an image than its file's name and patient.
@@ -648,7 +651,9 @@ def convert(
         UserError: if the target cannot be written to any more.
         KeyboardInterrupt: after the files at work are finished; every PNG is whole then.
     """
+    has_shards = False
     if shard is None:
+        has_shards = any(target.glob(SHARD_JOURNALS))
         outcomes = _merged(jobs, target)
         path = target / JOURNAL
     else:
@@ -656,6 +661,12 @@ def convert(
         outcomes = _finished(jobs, target)
         path = target / f".journal.{shard.replace('/', '-of-')}.{secrets.token_hex(8)}.jsonl"
     todo = [job for job in jobs if job.file not in outcomes]
+    if todo and has_shards:
+        print(
+            f"note: the shards have left {len(todo)} of {len(jobs)} files undone; this process does them now. Shards "
+            "that have not ended yet work in vain",
+            file=sys.stderr,
+        )
     stems = {job.file: job.stem for job in todo}
     seconds = 0.2 if sys.stderr.isatty() else 15
     with tqdm(
@@ -665,16 +676,39 @@ def convert(
         def record(outcome: Outcome) -> None:
             outcomes[outcome.file] = outcome
             if outcome.final:
-                try:
-                    journal.write(json.dumps({"stem": stems[outcome.file], **asdict(outcome)}) + "\n")
-                except OSError as error:
-                    raise _cannot_write(path, error) from error
+                write(json.dumps({"stem": stems[outcome.file], **asdict(outcome)}) + "\n")
             bar.update()
 
         if todo:
-            with open(path, "a", encoding="utf-8", buffering=1) as journal:
+            with _appended(path) as write:
                 _pool(todo, settings, str(target), workers, record)
     return {job.file: outcomes[job.file] for job in jobs}
+
+
+@contextmanager
+def _appended(journal: Path) -> Iterator[Callable[[str], None]]:
+    """Function that appends a line to a journal; every error of its disk is a UserError."""
+
+    def write(line: str) -> None:
+        try:
+            file.write(line)
+        except OSError as error:
+            raise _cannot_write(journal, error) from error
+
+    try:
+        file = open(journal, "a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise _cannot_write(journal, error) from error
+    try:
+        yield write
+    except BaseException:
+        with suppress(OSError):  # tries again to write what a full disk did not take
+            file.close()
+        raise
+    try:
+        file.close()  # a network disk may say only now that it is full
+    except OSError as error:
+        raise _cannot_write(journal, error) from error
 
 
 def _start_worker() -> None:
@@ -753,6 +787,7 @@ def finish(
     modality: str,
     splits: Mapping[str, Sequence[Mapping[str, Any]]],
     rejected: Mapping[str, str],
+    outcomes: Mapping[str, Outcome],
     **extra: Any,
 ) -> int:
     """Write ``rejected.csv`` and ``datalist.json`` and say so.
@@ -763,10 +798,11 @@ def finish(
         modality: dataset's modality.
         splits: items per split.
         rejected: reason per file, in the order of the CSV.
+        outcomes: what :func:`convert` gave.
         extra: other top-level keys of the datalist.
 
     Returns:
-        The exit code: 0, or 3 if something was rejected.
+        The :func:`exit_code`.
 
     Raises:
         UserError: if there is no image at all.
@@ -787,7 +823,29 @@ def finish(
     print(
         f"wrote {images} images, rejected {len(rejected)} files{why}; datalist: {target / 'datalist.json'}", flush=True
     )
-    return 3 if rejected else 0
+    return exit_code(outcomes, rejected)
+
+
+def exit_code(outcomes: Mapping[str, Outcome], rejected: Collection[str]) -> int:
+    """The exit code of a command that has gone through all of its files.
+
+    Args:
+        outcomes: of the files.
+        rejected: what is in the table of rejected files.
+
+    Returns:
+        :data:`medgen.preemption.AGAIN` where files were rejected that the same command may convert the next time, which
+        it also says; else 3 if something was rejected, else 0.
+    """
+    again = [outcome for outcome in outcomes.values() if not outcome.final]
+    if again:
+        print(
+            f"error: {len(again)} files may be converted another time, the first is {again[0].file} "
+            f"({again[0].reason}); run the same command again, and remove those that stay",
+            file=sys.stderr,
+        )
+        return AGAIN
+    return REJECTED if rejected else 0
 
 
 def finish_shard(outcomes: Mapping[str, Outcome], shard: str) -> int:
@@ -798,15 +856,15 @@ def finish_shard(outcomes: Mapping[str, Outcome], shard: str) -> int:
         shard: which one.
 
     Returns:
-        The exit code: 0, or 3 if something was rejected.
+        The :func:`exit_code`.
     """
-    rejected = sum(bool(outcome.reason) for outcome in outcomes.values())
+    rejected = [file for file, outcome in outcomes.items() if outcome.reason]
     print(
-        f"shard {shard}: {len(outcomes)} files are done, {rejected} of them rejected; when all shards are, the same "
-        "command without --shard merges them",
+        f"shard {shard}: {len(outcomes)} files are done, {len(rejected)} of them rejected; when all shards are, the "
+        "same command without --shard merges them",
         flush=True,
     )
-    return 3 if rejected else 0
+    return exit_code(outcomes, rejected)
 
 
 def new_app(command: Callable[..., int], description: str) -> typer.Typer:

@@ -15,7 +15,7 @@ With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processe
 same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
 
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
-usage; 130 interrupted.
+usage; 75 some files could not be read, but may be the next time; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def convert_chestxray14(
     if left_out:
         print(f"left out by --view {view}: {left_out} images")
     rejected = {file: rejected[file] for file in sorted(rejected, key=natural_key)}
-    return c.finish(target, "ChestX-ray14", "X-ray", splits, rejected, label_names=list(FINDINGS))
+    return c.finish(target, "ChestX-ray14", "X-ray", splits, rejected, outcomes, label_names=list(FINDINGS))
 
 
 def _is_plain(name: str) -> bool:

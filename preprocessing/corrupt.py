@@ -39,7 +39,7 @@ With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processe
 same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
 
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
-usage; 130 interrupted.
+usage; 75 some files could not be read, but may be the next time; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -593,6 +593,7 @@ def corrupt_dataset(
         head.get("modality", "unknown"),
         written,
         rejected,
+        outcomes,
         corruptions={k: corruption.severity(Kind(k)) for k in kinds},
         source_name=head["name"],
         **labels,

@@ -23,7 +23,7 @@ With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processe
 same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
 
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
-usage; 130 interrupted.
+usage; 75 some files could not be read, but may be the next time; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -230,6 +230,7 @@ def convert_images(
         modality,
         split_by_patient(items, fractions, seed),
         rejected,
+        outcomes,
         **({"label_names": classes} if classes else {}),
     )
 

@@ -40,7 +40,7 @@ With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processe
 same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
 
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
-usage; 130 interrupted.
+usage; 75 some files could not be read, but may be the next time; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -809,7 +809,7 @@ def convert_liver_ct(
         for item in (item for members in splits.values() for item in members):
             del item["anomaly"]
     window = {"level": level, "width": width, "unit": "HU"}
-    return c.finish(target, name or source.resolve().name, "CT", splits, rejected, window=window)
+    return c.finish(target, name or source.resolve().name, "CT", splits, rejected, outcomes, window=window)
 
 
 app = c.new_app(convert_liver_ct, __doc__)

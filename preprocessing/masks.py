@@ -15,8 +15,8 @@ The same command again does what is missing or has changed.
 With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processes converts its part of the files; the
 same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
 
-Exit codes: 0 all went well; 3 the datalist was written, but masks were missing or rejected; 1 nothing could be
-written; 2 wrong usage; 130 interrupted.
+Exit codes: 0 all went well; 3 the datalist was written, but masks were missing or rejected; 1 nothing could be written;
+2 wrong usage; 75 some files could not be read, but may be the next time; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def add_masks(
         print(f"{name}: {len(items)} images of {len({item['patient'] for item in items})} patients")
     why = f" (reasons: {target / 'rejected_masks.csv'})" if rejected else ""
     print(f"{count} images have masks, rejected {len(rejected)} files{why}; datalist: {datalist}", flush=True)
-    return 3 if rejected else 0
+    return c.exit_code(outcomes, rejected)
 
 
 app = c.new_app(add_masks, __doc__)

@@ -36,7 +36,7 @@ excepted; the same command without --shard then does what is missing and writes 
 process alone.
 
 Exit codes: 0 all went well; 3 the step is finished, but files were rejected; 1 nothing could be written; 2 wrong usage;
-130 interrupted.
+75 some files could not be read, but may be the next time; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -144,7 +144,13 @@ def _need(step: str, before: str, source: Path | None, target: Path) -> dict[str
     return state
 
 
-def _leave(target: Path, step: str, rejected: Mapping[str, str], settings: Mapping[str, Any] | None = None) -> int:
+def _leave(
+    target: Path,
+    step: str,
+    rejected: Mapping[str, str],
+    settings: Mapping[str, Any] | None = None,
+    outcomes: Mapping[str, c.Outcome] | None = None,
+) -> int:
     """Note what a finished step rejected and write the rows of all steps; gives the exit code."""
     rejected = {file: rejected[file] for file in sorted(rejected, key=natural_key)}
     rows: dict[str, str] = {}
@@ -156,7 +162,7 @@ def _leave(target: Path, step: str, rejected: Mapping[str, str], settings: Mappi
         for file, reason in (_state(target, name) or {}).get("rejected", {}).items():
             rows[file] = "; ".join(filter(None, (rows.get(file), f"{name}: {reason}")))
     write_rejected(target / "rejected.csv", rows)
-    return 3 if rejected else 0
+    return c.exit_code(outcomes or {}, rejected)
 
 
 def _why(target: Path, rejected: Mapping[str, str]) -> str:
@@ -173,6 +179,10 @@ class _JpegJob(c.Job):
 
     dicom: str = ""
 
+    def is_made_of(self, used: Sequence[str]) -> bool:
+        """The DICOM file is looked at only where the JPEG cannot be used."""
+        return not used or list(used) == [self.dicom]
+
 
 @dataclass(frozen=True)
 class _Images(c.Settings):
@@ -186,7 +196,7 @@ class _Images(c.Settings):
         if outcome.images:
             return outcome
         if not job.dicom:
-            return replace(outcome, final=False)  # one may arrive
+            return replace(outcome, used=(("", None, None),))  # one may arrive
         second = c.convert_file(c.Job(job.dicom, job.file, job.stem), self, str(target))
         reason = "its DICOM file was used" if second.images else f"its DICOM file: {second.reason}"
         used = ((job.dicom, *(second.key or (None, None))),)
@@ -262,7 +272,7 @@ def organise(
         return c.finish_shard(outcomes, shard)
     c.clear_parts(target)
     rejected |= {file: outcome.reason for file, outcome in outcomes.items() if outcome.reason}
-    code = _leave(target, "organise", rejected)
+    code = _leave(target, "organise", rejected, outcomes=outcomes)
     images = sum(len(outcome.images) for outcome in outcomes.values())
     if not images:
         raise UserError(f"no image could be written, all {len(rejected)} were rejected; see {target / 'rejected.csv'}")
@@ -650,7 +660,7 @@ def sections(
     _write_csv(folder / "mimic_cxr_sectioned.csv", ("study", *SECTIONED), rows)
     _write_csv(folder / "mimic_cxr_sections.csv", ("study", "caption"), (row for row in rows if row["caption"]))
     rejected |= {file: outcome.reason for file, outcome in outcomes.items() if outcome.reason}
-    code = _leave(target, "sections", rejected, {"reports": str(place.resolve())})
+    code = _leave(target, "sections", rejected, {"reports": str(place.resolve())}, outcomes)
     if overrides is None:
         print(
             "note: MIMIC-CXR's 54 manual overrides are not applied; sections --help says how (--overrides)",
@@ -776,7 +786,7 @@ def sentences(
     for item in items:
         item.update(texts.get(_study(item), {"sentences": [], "text": ""}))
     write_datalist(datalist, splits=content, **{key: content.pop(key) for key in ("name", "modality")})
-    code = _leave(target, "sentences", rejected)
+    code = _leave(target, "sentences", rejected, outcomes=outcomes)
     mute = sum(not item["sentences"] for item in items)
     count = sum(len(text["sentences"]) for text in texts.values())
     if mute:

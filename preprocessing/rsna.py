@@ -38,7 +38,7 @@ With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processe
 same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
 
 Exit codes: 0 all went well; 3 the datalist was written, but files were rejected; 1 nothing could be written; 2 wrong
-usage; 130 interrupted.
+usage; 75 some files could not be read, but may be the next time; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ def organise(
             file=sys.stderr,
         )
     rejected = {file: rejected[file] for file in sorted(rejected, key=natural_key)}
-    return c.finish(target, NAME, MODALITY, {"all": items}, rejected, label_names=list(CLASSES))
+    return c.finish(target, NAME, MODALITY, {"all": items}, rejected, outcomes, label_names=list(CLASSES))
 
 
 def _moved(box: Sequence[float], window: Box, size: Sequence[int]) -> list[float] | None:
@@ -625,7 +625,7 @@ def crop(
             own = {part: [i for i in members if i["label"] in labels] for part, members in splits.items()}
             write_datalist(target / f"datalist_{name}.json", f"{NAME}, {name}", MODALITY, own, **extra)
             print(f"datalist_{name}.json: " + ", ".join(f"{part} {len(members)}" for part, members in own.items()))
-    code = c.finish(target, NAME, MODALITY, splits, rejected, **extra)
+    code = c.finish(target, NAME, MODALITY, splits, rejected, outcomes, **extra)
     ill = [item for members in splits.values() for item in members if item["label"] == CLASSES.index(OPACITY)]
     if outside := sum(not item["boxes"] for item in ill):
         print(f"{outside} of {len(ill)} images of {OPACITY} have no box: their opacities lie outside of the crop")

@@ -140,6 +140,33 @@ def test_weights_of_an_inference_must_be_there(at, tmp_path):
     assert not list((tmp_path / "outputs" / "train").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 512}, "64×64 pixels .* smaller than"),
+        ({"image_size": 64, "splits": ["tset"]}, "tset"),
+        ({"image_size": 64, "datalist": "/absent.json"}, r"/absent\.json"),
+        ({"image_size": 64}, ""),
+    ],
+)
+def test_images_that_will_be_encoded_are_read(settings, message, at, tmp_path):
+    args_file, weights = at("cxr_latent_diffusion"), tmp_path / "autoencoder.pt"
+    weights.write_bytes(b"weights")
+    encode = json.loads((ARGS / "cxr_latent_diffusion.encode.json").read_text())
+    encode |= {"datalist": TRAIN["datalist"], "autoencoder_path": str(weights), **settings}
+    args_file.write_text(json.dumps(encode))
+    before = files(tmp_path)
+    if message:
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            check.check_args_file(args_file)
+        assert re.search(message, find_user_error(caught.value) or ""), repr(caught.value)
+    else:
+        line = check.check_args_file(args_file, ["--shard", "1/2"])
+        assert line.startswith("configs/encode.json, "), line
+        assert line.endswith(" input images"), line
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("stage", sorted(path.stem for path in ARGS.glob("*.json")))
 def test_each_stage_on_empty_volumes_needs_a_person_and_names_what_is_missing(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(BUNDLES / stage.split(".")[0])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from medgen.errors import UserError, find_user_error
+from medgen.errors import UserError, find_user_error, one_line_errors
 
 
 def fail_as_monai_does():
@@ -65,6 +66,46 @@ def test_a_users_mistake_is_printed_as_one_line_with_status_1():
 def test_an_interrupt_is_one_line_that_says_how_to_go_on():
     done = run("raise KeyboardInterrupt")
     assert done.stderr == "interrupted; a training goes on from its last checkpoint with --resume true\n"
+
+
+TOLD = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+
+
+def test_sigterm_ends_with_the_code_for_again_and_one_line():
+    done = run(f"import os, signal, time; {TOLD}")
+    assert (done.returncode, done.stderr) == (75, "ended by SIGTERM; the same command does what is left\n")
+
+
+FORK = """
+import os, signal, sys, time
+from medgen.errors import one_line_errors
+one_line_errors()
+reader, writer = os.pipe()
+process = os.fork()
+if process == 0:
+    os.write(writer, b"ready")  # Python forgets a signal that comes before
+    time.sleep(60)
+    os._exit(1)
+os.read(reader, 5)
+os.kill(process, signal.SIGTERM)
+sys.exit(os.WTERMSIG(os.waitpid(process, 0)[1]) != signal.SIGTERM)
+"""
+
+
+def test_sigterm_ends_a_forked_process_and_one_of_torchrun_by_its_default():
+    assert subprocess.run([sys.executable, "-c", FORK], timeout=60, check=False).returncode == 0
+    done = run(f"import os, signal, time; {TOLD}", TORCHELASTIC_RUN_ID="none")
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+
+
+def test_what_acts_on_sigterm_already_stays(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    before = signal.signal(signal.SIGTERM, mine := lambda *_: None)
+    try:
+        one_line_errors()
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_other_errors_keep_their_traceback():

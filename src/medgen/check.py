@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medgen.errors import UserError, find_user_error
+from medgen.errors import UserError, end_when_told, find_user_error
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -46,6 +46,7 @@ def check(
     announce. The output folder is made, but nothing is written there and no tracker hears of it. Ends with 0, with 78
     where a person must mend something, with 75 where the next attempt may succeed.
     """
+    end_when_told()
     try:
         typer.echo(f"ok: {check_args_file(args_file, context.args)}")
         return
@@ -258,7 +259,8 @@ def _items(parser: ConfigParser, prefix: str) -> Sequence[Mapping[str, Any]] | N
     """The items of a split as the datalist has them; None where the config reads none, or makes its own."""
     if _has(parser, f"{prefix}items"):
         return parser.get_parsed_content(f"{prefix}items")
-    if _has(parser, f"{prefix}dataset::data") and isinstance(parser[f"{prefix}dataset::data"], dict):
+    is_read = _has(parser, f"{prefix}dataset::data") and isinstance(parser[f"{prefix}dataset::data"], dict)
+    if is_read or (not prefix and _has(parser, "store::datalist")):  # encode.json's, of the items without latents
         return parser.get_parsed_content(f"{prefix}dataset::data")
     return None
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
-from types import TracebackType
+import threading
+from contextlib import suppress
+from types import FrameType, TracebackType
 
-__all__ = ["UserError", "find_user_error", "one_line_errors", "without_secrets"]
+from medgen.preemption import AGAIN
+
+__all__ = ["UserError", "end_when_told", "find_user_error", "one_line_errors", "without_secrets"]
 
 
 class UserError(ValueError):
@@ -42,9 +47,10 @@ def find_user_error(error: BaseException | None) -> str | None:
 def one_line_errors() -> None:
     """Print a :class:`UserError` as one line instead of the framework's traceback; the exit status stays 1.
 
-    Bundles call this first, in ``initialize``. Every other exception keeps its traceback, and so does this one when
-    the environment variable ``MEDGEN_TRACEBACK`` is set.
+    Bundles call this first, in ``initialize``, and with it :func:`end_when_told`. Every other exception keeps its
+    traceback, and so does this one when the environment variable ``MEDGEN_TRACEBACK`` is set.
     """
+    end_when_told()
     if os.environ.get("MEDGEN_TRACEBACK"):
         return
     previous = sys.excepthook
@@ -59,6 +65,36 @@ def one_line_errors() -> None:
             print(f"error: {message}", file=sys.stderr)
 
     sys.excepthook = hook
+
+
+def end_when_told() -> None:
+    """End this process at SIGTERM at once, with :data:`medgen.preemption.AGAIN` and without any cleaning up.
+
+    What is written whole or not at all is safe, as it is from SIGKILL. The first process of a container would ignore
+    the signal, and keep its GPU until the grace period is over. A training's
+    :class:`~medgen.preemption.Termination` takes the place of this where there is something to save.
+
+    Nothing is changed outside the main thread, where something else already acts on the signal, and in the processes of
+    torchrun: these are never the first ones, and the signal's default ends them even while they wait for each other in
+    a library, where Python's handlers are not heard.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or "TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # forked off in the meantime, with this handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        with suppress(Exception):  # it may be in the middle of a write
+            sys.stdout.flush()
+        os.write(2, b"ended by SIGTERM; the same command does what is left\n")
+        # an exception would be swallowed, or reported as another, by every bare "except" that it passes on its way
+        os._exit(AGAIN)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def without_secrets(address: str) -> str:

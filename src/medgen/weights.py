@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,13 +13,31 @@ from torch import nn
 
 from medgen.errors import UserError
 
-__all__ = ["check_same_shapes", "load_weights", "read_state_dict", "state_digest"]
+__all__ = ["check_same_shapes", "check_whole_file", "load_weights", "read_state_dict", "state_digest"]
+
+FOLDER = 0x10  # attribute of an entry of a zip file, as of MS-DOS
+
+
+def check_whole_file(path: str | Path) -> None:
+    """See by its checksums that a file of ``torch.save`` holds what was written: ``torch.load`` itself compares none.
+
+    It reads 1 to 2 GB a second on one core (``tests/benchmarks/bench_preemption.py``).
+
+    Raises:
+        zipfile.BadZipFile: it does not; what else is raised by a broken file depends on where it is broken.
+    """
+    with zipfile.ZipFile(path) as file:
+        broken = file.testzip()
+        # to torch's reader an entry with the attribute of a folder is empty, and the tensor not read
+        odd = [entry.filename for entry in file.infolist() if entry.external_attr & FOLDER]
+    if broken is not None or odd:
+        raise zipfile.BadZipFile(f"{broken or odd[0]} is not what was written")
 
 
 def read_state_dict(
     path: str | Path, shown: str | None = None, component: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """A bare state dict on the CPU, read with ``weights_only=True``.
+    """A bare state dict on the CPU, read with ``weights_only=True``; see :func:`check_whole_file`.
 
     Args:
         path: the file.
@@ -26,15 +45,20 @@ def read_state_dict(
         component: the network to take if the file is a training's checkpoint, which holds several; None refuses those.
 
     Raises:
-        UserError: not a torch file of plain weights, not one flat state dict, or a checkpoint without that component.
+        UserError: a damaged file, not a torch file of plain weights, not one flat state dict, or a checkpoint without
+            that component.
     """
     shown = shown or str(path)
     if not Path(path).is_file():
         raise UserError(f"no weights at {shown}; name a file that is there")
+    is_zip = zipfile.is_zipfile(path)  # torch's legacy format is none, and has no checksums
     try:
-        # of a checkpoint one network is wanted: mapped, the others are not read
-        mmap = component is not None and zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if is_zip:
+            check_whole_file(path)
+        # of a checkpoint one network is wanted: mapped, the others take no memory
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=component is not None and is_zip)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{shown} is damaged ({error}); copy or download it again") from error
     # a broken or foreign file raises whatever its bytes lead to
     except Exception as error:
         raise UserError(

@@ -20,6 +20,7 @@ from medgen import cli
 from medgen.data import LatentStore, load_datalist, load_latents, stage_datalist, write_datalist
 from medgen.data import stage as module
 from medgen.errors import UserError
+from medgen.preemption import AGAIN
 
 COUNTS = {"training": 6, "validation": 2, "test": 3}
 
@@ -50,7 +51,7 @@ def content(folder):
     return {
         path.relative_to(folder).as_posix(): (path.read_bytes(), path.name.endswith(".png") and path.stat().st_mtime_ns)
         for path in folder.rglob("*")
-        if path.is_file() and path.name != module.LOCK
+        if path.is_file() and path.name not in (module.LOCK, module.ORIGIN)
     }
 
 
@@ -113,20 +114,81 @@ def test_only_the_splits_asked_for_are_copied_and_the_datalist_is_the_same(sourc
     assert (tmp_path / "disk/datalist.json").read_bytes() == (source / "datalist.json").read_bytes()
 
 
-def test_datalist_that_changed_replaces_the_one_of_before(source, tmp_path):
+def test_another_data_set_is_refused_and_the_files_that_a_training_reads_stay(source, tmp_path):
     stage_datalist(source / "datalist.json", tmp_path / "disk")
+    before = content(tmp_path / "disk")
+    other = shutil.copytree(source, tmp_path / "volume/other")
+    (other / "images/test/0.png").write_bytes(b"another image")
+
+    with pytest.raises(UserError, match=rf"holds files of {source}, got {other}; choose another --target"):
+        stage_datalist(other / "datalist.json", tmp_path / "disk")
+    shutil.move(source, tmp_path / "away")  # two volumes may be mounted at one place
+    shutil.move(other, source)
+    (source / "datalist.json").write_text((source / "datalist.json").read_text().replace('"X-ray"', '"CT"'))
+    with pytest.raises(UserError, match=rf"holds files by another datalist\.json of {source}; choose another --target"):
+        stage_datalist(source / "datalist.json", tmp_path / "disk")
+
+    assert content(tmp_path / "disk") == before
+
+
+def test_another_datalist_of_the_same_images_lies_beside_the_first(source, tmp_path):
+    stage_datalist(source / "datalist.json", tmp_path / "disk", ["training"])
     datalist = json.loads((source / "datalist.json").read_text())
     datalist["test"].pop()
     datalist["label_names"] = ["no image", "image"]  # a list that is no split
-    (source / "datalist.json").write_text(json.dumps(datalist))
+    (source / "datalist_few.json").write_text(json.dumps(datalist))
 
-    assert stage_datalist(source / "datalist.json", tmp_path / "disk").copied == 0
+    staged = stage_datalist(source / "datalist_few.json", tmp_path / "disk", ["training", "test"])
 
-    assert (tmp_path / "disk/datalist.json").read_bytes() == (source / "datalist.json").read_bytes()
+    assert staged.copied == 2 * (COUNTS["test"] - 1)
+    for name in ("datalist.json", "datalist_few.json"):
+        assert (tmp_path / "disk" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_datalist_is_away_while_a_file_that_it_promises_is_replaced_alone(replaced, source, tmp_path, monkeypatch):
+    staged = stage_datalist(source / "datalist.json", tmp_path / "disk", ["training"])
+    if replaced:
+        (source / "images/training/0.png").write_bytes(b"new")
+    copy, there = module._copy, set()
+
+    def look(*paths):
+        there.add(staged.datalist.exists())
+        return copy(*paths)
+
+    monkeypatch.setattr(module, "_copy", look)
+    stage_datalist(source / "datalist.json", tmp_path / "disk")
+
+    assert there == {not replaced}
+    assert staged.datalist.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "where"), [("stage", "medgen.data.stage.stage_datalist"), ("check", "medgen.check.check_args_file")]
+)
+def test_command_that_is_told_to_end_ends_with_again(command, where, tmp_path):
+    module_name, _, function = where.rpartition(".")
+    program = f"""
+import importlib, os, signal
+from medgen import cli
+def told(*_):
+    print("at work")
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except:  # as pydoc.locate has it, by which MONAI finds what a config names
+        raise ValueError
+importlib.import_module({module_name!r}).{function} = told
+cli.app([{command!r}, {str(tmp_path / "x.json")!r}, "--target", {str(tmp_path / "t")!r}])
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert (told.returncode, told.stdout) == (AGAIN, "at work\n")
+    assert told.stderr == "ended by SIGTERM; the same command does what is left\n"
 
 
 def test_killed_run_leaves_whole_files_and_no_datalist_and_is_continued(source, tmp_path):
     stage_datalist(source / "datalist.json", tmp_path / "disk", ["validation"])
+    (tmp_path / "disk/datalist.json").unlink()
     program = f"""
 import os, signal, sys
 from medgen.data import stage
@@ -154,23 +216,25 @@ stage.stage_datalist({str(source / "datalist.json")!r}, {str(tmp_path / "disk")!
     assert not (tmp_path / "disk" / module.PARTS).exists()
 
 
-def test_processes_of_one_node_copy_once(source, tmp_path, monkeypatch, capsys):
+def test_processes_of_one_node_copy_once(source, tmp_path, monkeypatch):
     copy, copies, begun, go_on = module._copy, [], threading.Event(), threading.Event()
+
+    def tell(line, **_):
+        if line.endswith("this one waits for it"):
+            go_on.set()
 
     def slow(*paths):
         begun.set()
-        go_on.wait(60)
+        assert go_on.wait(60)
         copies.append(paths)
         return copy(*paths)
 
     monkeypatch.setattr(module, "_copy", slow)
+    monkeypatch.setattr(module, "print", tell, raising=False)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(stage_datalist, source / "datalist.json", tmp_path / "disk")
         begun.wait(60)
         second = pool.submit(stage_datalist, source / "datalist.json", tmp_path / "disk")
-        while "waits for it" not in capsys.readouterr().out:
-            assert not second.done()
-        go_on.set()
 
     assert first.result().copied == first.result().files == len(copies)
     assert second.result().copied == 0

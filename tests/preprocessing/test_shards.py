@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -20,11 +21,13 @@ from PIL import Image
 
 from medgen.data.phantom.layouts import PhantomSpec, write_phantom
 from medgen.errors import UserError
+from medgen.preemption import AGAIN
 from preprocessing import _convert as c
 from preprocessing import chestxray14, corrupt, images, liver_ct, masks, mimic_cxr, rsna
 
 REPO = Path(__file__).parents[2]
 FEW = 2  # files that a process finishes before it is killed
+ONE_READER = threading.Lock()  # pydicom's warnings, which tell what is wrong with a file, are those of a whole process
 
 
 def _picture(path, number, side=40):
@@ -45,7 +48,15 @@ def _tree(target):
 def _pool(todo, settings, target, workers, record):
     """Convert in this process: the start of others takes most of a small run's time."""
     for job in todo:
-        record(c.convert_file(job, settings, target))
+        with ONE_READER:
+            outcome = c.convert_file(job, settings, target)
+        record(outcome)
+
+
+def _hiccup(todo, settings, target, workers, record):
+    """As on a volume that does not answer for the first file."""
+    _pool(todo[1:], settings, target, workers, record)
+    record(c.Outcome(todo[0].file, reason="Input/output error", final=False))
 
 
 def _killed_pool(todo, settings, target, workers, record):
@@ -158,6 +169,80 @@ def test_shards_killed_doubled_and_of_other_numbers_merge_to_the_bytes_of_one_pr
     assert not list(shards.rglob(c.PARTS))
 
 
+@pytest.mark.parametrize("make", COMMANDS, ids=lambda make: make.__name__.removeprefix("_of_"))
+def test_file_that_may_be_read_another_time_is_no_success_of_any_command(make, tmp_path, monkeypatch, capsys):
+    app, options, code = make(tmp_path)
+    capsys.readouterr()
+
+    def run(*more, pool=_hiccup):
+        monkeypatch.setattr(c, "_pool", pool)
+        return c.main(app, [str(part) for part in (*options, "--target", tmp_path / "t", "--workers", 1, *more)])
+
+    assert run("--shard", "0/2") == AGAIN == 75
+    assert "error: 1 files may be converted another time, the first is " in capsys.readouterr().err
+    assert run() == AGAIN
+    assert "(Input/output error); run the same command again" in capsys.readouterr().err
+    assert run("--shard", "0/2", pool=_pool) in (0, 3)
+    assert run(pool=_pool) == code
+
+
+def test_disk_error_of_one_file_ends_with_again_and_the_next_run_with_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(c, "_pool", _pool)
+    for number in range(3):
+        _picture(tmp_path / f"s/p{number}.png", number)
+    options = ["--source", str(tmp_path / "s"), "--target", str(tmp_path / "t"), "--size", "16"]
+    read = c.read_frames
+
+    def flaky(path, **settings):
+        if str(path).endswith("p1.png"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, **settings)
+
+    monkeypatch.setattr(c, "read_frames", flaky)
+    assert c.main(images.app, options) == AGAIN
+    assert (tmp_path / "t/rejected.csv").read_text() == "file,reason\np1.png,Stale file handle\n"
+    monkeypatch.setattr(c, "read_frames", read)
+    assert c.main(images.app, options) == 0
+
+
+@pytest.mark.parametrize("shard", [None, "0/1"])
+@pytest.mark.parametrize("moment", ["begin", "line", "end"])
+def test_full_disk_under_a_journal_is_one_line(moment, shard, tmp_path, monkeypatch, capsys):
+    _picture(tmp_path / "s/p.png", 0)
+    options = ["--source", str(tmp_path / "s"), "--target", str(tmp_path / "t"), "--size", "16"]
+    c.prepare_target(tmp_path / "s", tmp_path / "t", c.Settings("images", 16))
+
+    def full(path, mode="r", **more):
+        if mode != "a":
+            return open(path, mode, **more)
+        if moment == "begin":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        # a network disk may take a line, and say when the file is closed that it could not
+        return open("/dev/full", mode, encoding="utf-8", buffering=1 if moment == "line" else -1)
+
+    monkeypatch.setattr(c, "_pool", _pool)
+    monkeypatch.setattr(c, "open", full, raising=False)
+    code = c.main(images.app, [*options, *(("--shard", shard) if shard else ())])
+
+    assert code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.endswith("jsonl cannot be written (No space left on device); mend that and run the same command again")
+
+
+def test_merge_says_what_the_shards_have_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(c, "_pool", _pool)
+    for number in range(5):
+        _picture(tmp_path / f"s/p{number}.png", number)
+    options = ["--source", str(tmp_path / "s"), "--size", "16", "--target"]
+
+    assert c.main(images.app, [*options, str(tmp_path / "alone")]) == 0
+    assert "note: the shards" not in capsys.readouterr().err
+    for shard in ("0/3", "2/3"):
+        assert c.main(images.app, [*options, str(tmp_path / "t"), "--shard", shard]) == 0
+    assert c.main(images.app, [*options, str(tmp_path / "t")]) == 0
+    assert "note: the shards have left 2 of 5 files undone; this process does them now." in capsys.readouterr().err
+
+
 def test_shards_of_sentences_merge_into_the_datalist_that_one_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(c, "_pool", _pool)
     write_phantom("mimic-cxr", tmp_path / "s", PhantomSpec(patients=5, images_per_patient=2, size=32, seed=2))
@@ -170,6 +255,9 @@ def test_shards_of_sentences_merge_into_the_datalist_that_one_process_writes(tmp
         assert run("one", step) in (0, 3)
     shutil.copytree(tmp_path / "one", tmp_path / "shards")
     before = (tmp_path / "shards/datalist.json").read_bytes()
+    monkeypatch.setattr(c, "_pool", _hiccup)
+    assert run("one", "sentences") == AGAIN
+    monkeypatch.setattr(c, "_pool", _pool)
     code = run("one", "sentences")
 
     assert {run("shards", "sentences", "--shard", shard) for shard in ("1/3", "0/2")} == {0}
@@ -192,6 +280,9 @@ def test_shards_of_masks_merge_to_the_bytes_of_one_process(tmp_path, monkeypatch
         options = ["--target", tmp_path / target, "--masks", tmp_path / "masks", "--workers", 1, *more]
         return c.main(masks.app, [str(part) for part in options])
 
+    monkeypatch.setattr(c, "_pool", _hiccup)
+    assert run("one") == AGAIN
+    monkeypatch.setattr(c, "_pool", _pool)
     assert run("one") == 3
     assert {run("shards", "--shard", f"{number}/3") for number in (0, 1)} <= {0, 3}
     assert not (tmp_path / "shards/datalist_masks.json").exists()
@@ -272,6 +363,30 @@ def test_terminated_run_is_interrupted_as_by_ctrl_c(tmp_path, monkeypatch, capsy
 
     assert "the same command again goes on from here" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_job_passes_sigterm_on_and_takes_rejected_files_alone_for_success():
+    job = ["bash", str(REPO / "cluster/accept_rejected.sh")]
+    codes = [subprocess.run([*job, "bash", "-c", f"exit {code}"], check=False).returncode for code in (0, 1, 3, AGAIN)]
+    assert codes == [0, 1, 0, AGAIN]
+
+    program = """
+import sys, time
+def step():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)
+        print("finished", flush=True)
+from preprocessing import _convert as c
+sys.exit(c.main(c.new_app(step, "A step.")))
+"""
+    process = subprocess.Popen([*job, sys.executable, "-c", program], cwd=REPO, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "finished\n"
+    assert process.returncode == c.INTERRUPTED
 
 
 @pytest.mark.parametrize("links", [True, False])

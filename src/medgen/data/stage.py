@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import posixpath
 import secrets
@@ -20,12 +22,12 @@ import typer
 
 from medgen.data.datalist import PATH_FIELDS, validate_datalist
 from medgen.data.latents import INDEX, SCALING, load_latents
-from medgen.errors import UserError
-from medgen.output import atomic_file
+from medgen.errors import UserError, end_when_told
+from medgen.output import atomic_file, atomic_write_text
 
 __all__ = ["Staged", "app", "stage_datalist"]
 
-LOCK, PARTS = ".stage.lock", ".stage"  # in the target; unfinished copies lie in the second
+LOCK, PARTS, ORIGIN = ".stage.lock", ".stage", ".stage.json"  # in the target; unfinished copies lie in the second
 LATENTS = "latents"  # folder of the target
 THREADS = 16  # a network volume answers many at once, each after a while
 TOGETHER = 256  # files that a thread looks up at a time
@@ -71,8 +73,9 @@ def stage_datalist(
     """Copy what a datalist names, and then the datalist, byte for byte.
 
     A file that is there with its source's size and time stays; copies have their sources' permissions. The datalist is
-    written last, and taken away before anything is copied, so that one in the target says that all files are there.
-    Several processes may stage into one target: one copies, the others wait and find it done.
+    written last, and taken away before any file is replaced, so that one in the target says that all files of the
+    splits staged are there. Several processes may stage into one target: one copies, the others wait and find it done.
+    Another data set, or the same with another datalist, is refused: a training may be reading the files there.
 
     Args:
         datalist: JSON file.
@@ -88,7 +91,8 @@ def stage_datalist(
 
     Raises:
         UserError: the datalist is refused by :func:`medgen.data.validate_datalist`, lacks a split, or names files that
-            are missing or change meanwhile; the target is too small, cannot be written to, or leads out of itself.
+            are missing or change meanwhile; the target holds another data set, is too small, cannot be written to, or
+            leads out of itself.
     """
     datalist, target = Path(datalist), Path(target)
     content = validate_datalist(datalist)
@@ -118,12 +122,15 @@ def stage_datalist(
 
     with _locked(target):
         begin = time.monotonic()
+        origin = _origin(target, root, "images" if latents_dir is None else LATENTS, datalist.name, text)
         todo = _pending(files, target, threads)
         place = target / datalist.name
         if todo:
             _check_space(target, len(files), [size for _, size in todo])
             _make_folders(target, [name for name, _ in todo])
-            place.unlink(missing_ok=True)
+            if any(os.path.lexists(target / name) for name, _ in todo):
+                place.unlink(missing_ok=True)
+        _note_origin(target, origin)
         size = _copy_all([(files[name], target / name) for name, _ in todo], target / PARTS, threads)
         if not place.is_file() or place.read_bytes() != text:
             with atomic_file(place) as file:
@@ -168,6 +175,30 @@ def _locked(target: Path) -> Iterator[None]:
             yield
         finally:
             shutil.rmtree(target / PARTS, ignore_errors=True)
+
+
+def _origin(target: Path, root: Path, kind: str, datalist: str, text: bytes) -> dict[str, Any]:
+    """What the target holds with this data set: files of one folder, by datalists that do not change."""
+    record, digest = target / ORIGIN, hashlib.sha256(text).hexdigest()
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    folder, datalists = before.get(kind, str(root.resolve())), before.get("datalists", {})
+    what = f"files of {folder}, got {root.resolve()}" if folder != str(root.resolve()) else ""
+    if datalists.get(datalist, digest) != digest:
+        what = what or f"files by another {datalist} of {folder}"
+    if what:
+        raise UserError(
+            f"--target {target} holds {what}; choose another --target, or remove it when no training reads it"
+        )
+    return {**before, kind: folder, "datalists": {**datalists, datalist: digest}}
+
+
+def _note_origin(target: Path, origin: Mapping[str, Any]) -> None:
+    record, text = target / ORIGIN, json.dumps(origin) + "\n"
+    try:
+        if not record.exists() or record.read_text(encoding="utf-8") != text:
+            atomic_write_text(record, text)
+    except OSError as error:
+        raise UserError(f"{record} cannot be written ({error.strerror or error}); choose another --target") from error
 
 
 def _pending(files: Mapping[str, Path], target: Path, threads: int) -> list[tuple[str, int]]:
@@ -305,5 +336,6 @@ def stage(
 
     Trainings then take --datalist TARGET/datalist.json, and with latents --latents_dir TARGET/latents, too.
     """
+    end_when_told()
     wanted = [name.strip() for name in splits.split(",") if name.strip()]
     typer.echo(str(stage_datalist(datalist, target, wanted, dataset_dir, latents_dir, threads)))
