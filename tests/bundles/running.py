@@ -34,6 +34,8 @@ from medgen.errors import find_user_error
 from medgen.networks import LatentGenerator
 from medgen.preemption import AGAIN
 
+ARGUMENTS = Path(__file__).parents[2] / "cluster" / "args"
+
 # imported once for all programs: what any of them imports, and no more than that
 PRELOADED = [
     "monai.bundle",
@@ -308,26 +310,29 @@ def assert_resumes(generate: Callable[..., Any], folder: Path) -> None:
     assert content(folder / "killed") == content(folder / "whole")
 
 
-def assert_shards_merge(run_in: Callable[..., Any], folder: Path, tables: list[str]) -> None:
+def assert_shards_merge(run_in: Callable[..., Any], folder: Path, tables: list[str], stage: str | None = None) -> None:
     """That four shards, in any order and one of them twice, and what merges them leave the files of one process.
 
     Args:
         run_in: runs a config into an output folder, with settings.
         folder: for the test.
         tables: files that the merging run writes and no shard does.
+        stage: of a cluster, whose args file says how shards are merged; None: by hand, with ``--resume true``.
     """
+    arguments = {"resume": "true"} if stage is None else json.loads((ARGUMENTS / f"{stage}.json").read_text())
+    resume = {key: value for key, value in arguments.items() if key == "resume"}
     out, whole = folder / "out", folder / "whole"
     run_in(out)
     out.rename(whole)  # datalists hold the name of the output folder
     for shard in ("2/4", "0/4", "1/4", "0/4", "3/4"):
         run_in(out, shard=shard)
-        assert [table for table in tables if (out / table).exists()] == [], shard
+        assert [table for table in [*tables, "rejected.csv"] if (out / table).exists()] == [], shard
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    run_in(out, resume="true")
+    run_in(out, **resume)
     assert set(tables) < set(files_in(out))
     assert_same_files(out, whole)
     again = [path.name for path, time_ns in times.items() if path.stat().st_mtime_ns != time_ns]
-    assert set(again) <= {"generation.json", "latents.json", "rejected.csv"}  # nothing is made twice
+    assert set(again) <= {"generation.json", "latents.json"}  # nothing is made twice
 
 
 def assert_same_files(a: Path, b: Path) -> None:

@@ -155,8 +155,36 @@ def test_shards_of_scores_leave_the_files_of_one_process(make, inferred, tmp_pat
         run(make("score", output_dir, **folders, **shard))
 
     tables = ["scores.csv", "detection.csv", "metrics.json", "images/roc.png", "images/scored.png"]
-    assert_shards_merge(score, tmp_path, tables)
+    assert_shards_merge(score, tmp_path, tables, "stylegan2_anomaly.score")
     assert read(tmp_path / "out/scores.csv") == read(inferred / "scores.csv")
+
+
+def test_image_that_a_projection_gave_up_is_left_out(make, inferred, tmp_path, capsys):
+    shutil.copytree(inferred / "reconstructions", tmp_path / "reconstructions")
+    rows = read(inferred / "scores.csv")
+    (tmp_path / "reconstructions" / Path(rows[0]["image"]).with_suffix(".png")).unlink()
+    (tmp_path / "rejected.csv").write_text(f"file,reason\n{rows[0]['image']},its projection diverged\n")
+    folder = str(tmp_path / "reconstructions")
+
+    run(make("score", tmp_path / "out", reconstruction_dir=folder))
+
+    assert [row["image"] for row in read(tmp_path / "out/scores.csv")] == [row["image"] for row in rows[1:]]
+    assert f"{len(rows) - 1} images scored, 1 without a projection left out" in capsys.readouterr().out
+    (tmp_path / "rejected.csv").unlink()
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(make("score", tmp_path / "other", reconstruction_dir=folder))
+    assert_one_line(caught.value, r"not found \(1 of .* reconstructions are missing\)")
+
+
+def test_scoring_beside_a_projection_keeps_its_table_of_what_it_gave_up(make, tmp_path):
+    for place in ("in/a", "in/b", "out/reconstructions/a"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 50), 100, np.uint8)).save(tmp_path / f"{place}.png")
+    table = tmp_path / "out/rejected.csv"
+    table.write_text("file,reason\nb.png,its projection diverged\n")
+    run(make("score", tmp_path / "out", input_dir=str(tmp_path / "in")))
+    assert [row["image"] for row in read(tmp_path / "out/scores.csv")] == ["a.png"]
+    assert table.read_text() == "file,reason\nb.png,its projection diverged\n"
 
 
 def test_any_two_folders_can_be_scored(make, tmp_path):
@@ -192,10 +220,10 @@ def test_folders_of_images_of_different_sizes_can_be_scored(make, tmp_path):
 def test_other_reconstructions_have_no_columns_of_the_projections_beside_them(make, inferred, tmp_path):
     shutil.copytree(inferred, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scores.csv").unlink()
-    run(make("score", tmp_path))
+    run(make("score", tmp_path, resume=True))
     assert "projection_steps" in read(tmp_path / "scores.csv")[0]
     (tmp_path / "reconstructions").rename(tmp_path / "of another detector")
-    run(make("score", tmp_path, reconstruction_dir=str(tmp_path / "of another detector")))
+    run(make("score", tmp_path, reconstruction_dir=str(tmp_path / "of another detector"), resume=True))
     assert "projection_steps" not in read(tmp_path / "scores.csv")[0]
 
 
@@ -332,10 +360,11 @@ def test_projection_settings_are_the_same_everywhere():
         json.loads((BUNDLE / "configs" / f"{name}.json").read_text()) for name in ("project", "inference", "evaluate")
     )
     own = {"run_name", "data_root", "items", "projected", "initialize", "run"}
+    unsharded = {"input_dir", "inputs", "is_shard", "listed", "part", "rejected"}
     shared = {name: value for name, value in project.items() if not isinstance(value, dict | list)} | {
         "imports": project["imports"]
     }
-    for config, missing in ((inference, set()), (evaluate, {"input_dir", "rejected", "is_shard", "part"})):
+    for config, missing in ((inference, set()), (evaluate, unsharded)):
         assert {n: config.get(n) for n in shared if n not in own | missing} == {
             n: v for n, v in shared.items() if n not in own | missing
         }

@@ -253,7 +253,14 @@ def test_reconstructions_and_latents_of_a_folder_are_written_upright(datalist, w
 
     model = str(tmp_path / "models" / "model.pt")
     infer(tmp_path, input_dir=str(pictures))
-    assert_shards_merge(partial(infer, split="training"), tmp_path / "shards", [])
+    for number in range(5):
+        Image.fromarray(pixels + np.uint8(10 * number)).save(pictures / f"{number}.png")
+    Image.fromarray(pixels).save(pictures / "6.tif", save_all=True, append_images=[Image.fromarray(pixels)])
+    (pictures / "1.dcm").write_bytes(b"broken")
+    (pictures / "note.txt").touch()
+    assert_shards_merge(partial(infer, input_dir=str(pictures), batch_size=2), tmp_path / "shards", ["rejected.csv"])
+    rejected = (tmp_path / "shards/out/rejected.csv").read_text()
+    assert [line.split(",")[0] for line in rejected.splitlines()] == ["file", "1.dcm", "6.tif"]
     reconstruction = np.asarray(Image.open(tmp_path / "reconstructions" / "quarter.png")).astype(float)
     mean, std = (np.load(tmp_path / "latents" / f"quarter_{name}.npy") for name in ("mean", "std"))
     assert reconstruction.shape == (64, 64)

@@ -104,7 +104,7 @@ def test_shards_and_their_merge_leave_the_files_of_one_process(model_path, tmp_p
     def generate(output_dir: Path, **settings: str) -> None:
         run("generate", output_dir, model_path, seeds="0-8", **settings)
 
-    assert_shards_merge(generate, tmp_path, ["datalist.json", "images/grid.png"])
+    assert_shards_merge(generate, tmp_path, ["datalist.json", "images/grid.png"], "stylegan2_anomaly.generate")
     printed = capsys.readouterr().out
     assert "shard 3/4: 0 of 9 items are done in" in printed  # three groups of four, four and one
     assert "shard 0/4: 4 of 9 items" in printed

@@ -137,7 +137,7 @@ def test_shards_leave_the_files_of_one_process_though_an_image_cannot_be_read(fo
         run(make(folder, output_dir, tmp_path / "data/datalist.json", split="all", **shard))
 
     tables = ["rejected.csv", "embedding/latents.csv", "images/loss_curves.png", "images/optimised.png"]
-    assert_shards_merge(optimise, tmp_path, tables)
+    assert_shards_merge(optimise, tmp_path, tables, "cxr_inversion_encoder.optimise")
     assert len(list((tmp_path / "out/projections").iterdir())) == 7
 
 

@@ -133,7 +133,7 @@ def test_shards_and_their_merge_leave_the_files_of_one_process(datalist, autoenc
         settings = {"autoencoder_path": autoencoder_path, "shard_size": 3, "augmented_copies": 1}
         run("encode", latents_dir=latents_dir, datalist=datalist, **settings, **shard)
 
-    assert_shards_merge(encode, tmp_path, ["scaling.json"])
+    assert_shards_merge(encode, tmp_path, ["scaling.json"], "cxr_latent_diffusion.encode")
 
 
 def test_copies_are_of_the_images_moved_a_little(datalist, autoencoder_path, tmp_path):
@@ -219,7 +219,7 @@ def test_encoding_with_another_autoencoder_is_refused(datalist, autoencoder_path
     with pytest.raises((RuntimeError, ValueError)) as error:
         run("encode", autoencoder_path=tmp_path / "other.pt", resume=True, **settings)
 
-    assert_one_line(error.value, r"latents are of another autoencoder .* than .*other\.pt")
+    assert_one_line(error.value, r"latents.* are of another autoencoder .* than .*other\.pt")
 
 
 def test_unreadable_image_is_named(datalist, autoencoder_path, tmp_path):

@@ -280,7 +280,7 @@ def test_shards_leave_the_files_of_one_process_though_an_image_cannot_be_read(pi
     def predict(output_dir: Path, **shard: str) -> None:
         run(workflow(BUNDLE, "inference", output_dir, **settings, **shard))
 
-    assert_shards_merge(predict, tmp_path, ["boxes.csv", "datalist.json", "rejected.csv"])
+    assert_shards_merge(predict, tmp_path, ["boxes.csv", "datalist.json", "rejected.csv"], "lung_segmentation.predict")
     assert len(list((tmp_path / "out/records").rglob("*.json"))) == 5
 
 

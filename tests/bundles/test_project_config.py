@@ -82,7 +82,9 @@ def test_projection_killed_with_sigkill_and_resumed_leaves_the_same_files(folder
 @pytest.mark.slow(reason="starts six inferences as processes of their own")
 def test_shards_at_once_one_of_them_killed_leave_the_files_of_one_process(folder, datalist, tmp_path):
     out = tmp_path / "out"
-    settings = {"input_dir": datalist.parent, "model_path": folder / "tiny.pt", "batch_size": 2, "steps": 60}
+    shutil.copytree(datalist.parent, tmp_path / "in")
+    (tmp_path / "in" / "a.png").write_bytes(b"broken")  # counts where the list is cut into shards and groups
+    settings = {"input_dir": tmp_path / "in", "model_path": folder / "tiny.pt", "batch_size": 2, "steps": 60}
     config = ["configs/inference.json", str(folder / "tiny.json")]
 
     def begin(**shard: str) -> Forked:
@@ -98,9 +100,9 @@ def test_shards_at_once_one_of_them_killed_leave_the_files_of_one_process(folder
     killed.communicate()
     again = begin(shard="1/3")
     finish(other)
-    assert "shard 1/3: 6 of 16 items are done" in finish(again)
+    assert "shard 1/3: 6 of 17 items are done" in finish(again)
     finish(begin(shard="2/3"))
-    assert not (out / "scores.csv").exists()
+    assert [name for name in ("scores.csv", "rejected.csv") if (out / name).exists()] == []
     assert "projecting" not in finish(begin(resume="true"))
     assert_same_files(out, tmp_path / "whole")
 

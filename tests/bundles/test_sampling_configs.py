@@ -141,7 +141,9 @@ def test_shards_of_samples_and_edits_leave_the_files_of_one_process(run, tmp_pat
     def edit(output_dir: Path, **settings: str) -> None:
         run("edit", "text", split="training", prompt=PROMPTS[0], output_dir=str(output_dir), **settings)
 
-    assert_shards_merge(sample, tmp_path / "samples", ["datalist.json", "images/grid.png"])
+    assert_shards_merge(
+        sample, tmp_path / "samples", ["datalist.json", "images/grid.png"], "cxr_latent_diffusion.sample"
+    )
     assert_shards_merge(edit, tmp_path / "edits", ["images/edited.png"])
 
 

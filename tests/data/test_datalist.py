@@ -531,6 +531,29 @@ def test_unreadable_images_of_a_datalist_are_left_out_and_known_ones_not_read(tm
         readable_items(items[1:], tmp_path, tmp_path / "rejected.csv", num_workers)
 
 
+def test_parts_of_a_folder_are_read_by_themselves_and_the_whole_as_ever(tmp_path, capsys):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/c.png"):
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(folder / name)
+    frames = [Image.fromarray(np.eye(8, dtype=np.uint8))] * 2
+    frames[0].save(folder / "d.tif", save_all=True, append_images=frames[1:])
+    for name in ("b.png", "note.txt"):
+        (folder / name).write_bytes(b"no picture")
+    expected = items_from_folder(folder, tmp_path / "expected.csv")
+    printed = capsys.readouterr().out
+    listed = items_from_folder(folder)
+
+    parts = [readable_items(listed[start::2], folder, None, from_folder=True) for start in range(2)]
+    assert sorted(item["image"] for part in parts for item in part) == sorted(item["image"] for item in expected)
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["expected.csv"]
+    # whatever is finished: the table is of all files
+    whole = readable_items(listed, folder, tmp_path / "expected2.csv", 0, lambda item: True, from_folder=True)
+    assert whole == expected
+    assert (tmp_path / "expected2.csv").read_bytes() == (tmp_path / "expected.csv").read_bytes()
+    assert capsys.readouterr().out == printed.replace("expected.csv", "expected2.csv")
+
+
 def test_shard_without_a_readable_image_says_so_and_writes_nothing(tmp_path, caplog):
     (tmp_path / "a.png").write_bytes(b"no picture")
     assert readable_items([{"image": str(tmp_path / "a.png")}], tmp_path, None) == []

@@ -330,6 +330,48 @@ def test_shares_encode_at_the_same_time_and_nothing_else_does(data, tmp_path):
     twin.close()
 
 
+def test_shares_that_begin_at_the_same_time_have_one_autoencoder(data, tmp_path):
+    (data / "newer.pt").write_bytes(b"other weights")
+    first, late, twin = (
+        make(data, tmp_path / "latents", shard=shard, autoencoder_path=data / name)
+        for shard, name in (("0/2", "autoencoder.pt"), ("1/2", "newer.pt"), ("1/2", "autoencoder.pt"))
+    )
+    first.begin()  # has encoded nothing yet
+    with pytest.raises(UserError, match=r"the latents in .* are of another autoencoder .*newer\.pt"):
+        late.begin()
+    twin.begin()  # the one refused holds no lock
+    first.close()
+    twin.close()
+    batches = make(data, tmp_path / "latents", shard="0/2", batch_size=4)
+    with pytest.raises(UserError, match=r"with batch_size 2, this run has 4; .* delete latents\.json"):
+        batches.begin()
+
+
+def test_file_of_another_autoencoder_among_the_latents_is_refused(data, tmp_path):
+    encode(make(data, tmp_path / "latents"))
+    index = tmp_path / "latents" / "00001.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "autoencoder_sha256": "0" * 64}))
+    with pytest.raises(UserError, match=r"00001\.npy are of another autoencoder"):
+        make(data, tmp_path / "latents", resume=True)
+    with pytest.raises(UserError, match=r"00001\.npy are of another autoencoder"):
+        load_latents(tmp_path / "latents", data / "datalist.json", "training")
+    del content["autoencoder_sha256"]  # older files
+    index.write_text(json.dumps(content))
+    assert make(data, tmp_path / "latents", resume=True).todo == []
+
+
+def test_latents_of_another_batch_size_are_refused_and_older_ones_do_not_say_it(data, tmp_path):
+    encode(make(data, tmp_path / "latents", shard="0/2"))
+    with pytest.raises(UserError, match="were made with batch_size 2, this run has 4"):
+        make(data, tmp_path / "latents", shard="1/2", batch_size=4)
+    path = tmp_path / "latents" / "latents.json"
+    header = json.loads(path.read_text())
+    del header["batch_size"]
+    path.write_text(json.dumps(header))
+    make(data, tmp_path / "latents", shard="1/2", batch_size=4)
+
+
 def test_share_of_another_layout_or_other_settings_is_refused(data, tmp_path):
     encode(make(data, tmp_path / "latents", shard="0/2"))
     with pytest.raises(UserError, match=r"00000\.npy holds other images than this datalist has there, or --shard_size"):

@@ -45,3 +45,11 @@ def test_results_of_an_earlier_run_are_not_overwritten_unasked():
 def test_group_of_nothing_is_refused():
     with pytest.raises(UserError, match="batch_size must be a whole number of at least 1, got 0"):
         numbers(set(), group_size=0)
+
+
+def test_a_merge_is_told_of_what_is_missing_and_a_shard_is_not(caplog):
+    pending_groups(ITEMS, lambda item: False, 3, resume=True)
+    pending_groups(ITEMS, lambda item: item is ITEMS[0], 3, resume=True, shard="0/2")
+    assert caplog.text == ""
+    pending_groups(ITEMS, lambda item: item is ITEMS[0], 3, resume=True)
+    assert "6 of 7 items are missing; this process does them now" in caplog.text

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from medgen.data import group_batches, parse_shard, pending_groups, shard_line, shard_of
+from medgen.data.shard import write_first
 from medgen.errors import UserError
 
 
@@ -72,3 +75,28 @@ def test_line_says_how_many_and_what_comes_next():
     line = shard_line("2/8", [], range(5), "/outputs/x")
     assert line.startswith("shard 2/8: 0 of 5 items are done in /outputs/x; when all shards are,")
     assert "--resume true" in line
+
+
+def test_sharded_stages_of_a_cluster_go_on_with_what_shards_have_done():
+    root = Path(__file__).parents[2]
+    stages = {}
+    for path in sorted((root / "cluster" / "args").glob("*.json")):
+        arguments = json.loads(path.read_text())
+        files = arguments["config_file"]
+        for file in [files] if isinstance(files, str) else files:
+            if "shard" in json.loads((root / "bundles" / path.name.split(".")[0] / file).read_text()):
+                stages[path.stem] = arguments.get("resume")
+    assert "stylegan2_anomaly.score" in stages
+    assert set(stages.values()) == {True}, stages
+
+
+def test_file_that_was_first_stays(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "record.json"
+    write_first(path, "a")
+    write_first(path, "b")
+    assert path.read_text() == "a"
+    monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+    write_first(path, "c")
+    write_first(path.with_name("other"), "d")
+    assert (path.read_text(), path.with_name("other").read_text()) == ("a", "d")
+    assert len(list(path.parent.iterdir())) == 2

@@ -343,3 +343,44 @@ def test_a_name_that_no_training_would_know_is_refused(make, settings, message):
     with pytest.raises(UserError, match=message) as error:
         make(**settings)
     assert "\n" not in str(error.value)
+
+
+def test_shards_that_begin_at_the_same_time_have_one_setting(make, tmp_path, weights):
+    other = tmp_path / "newer.pt"
+    other.write_bytes(b"other weights")  # the training has written model.pt anew meanwhile
+    first = make(range(8), batch_size=2, shard="0/2")
+    late = SyntheticSet(tmp_path / "out", range(8), other, {"truncation_psi": 1.0}, batch_size=2, shard="1/2")
+    twin = make(range(8), batch_size=2, shard="1/2")
+    first.begin()  # has made no image yet
+    with pytest.raises(UserError, match=r"with model_sha256 .* delete generation\.json\), or choose another"):
+        late.begin()
+    record = (tmp_path / "out" / "generation.json").read_bytes()
+    twin.begin()
+    assert (tmp_path / "out" / "generation.json").read_bytes() == record
+
+    begin_generation(tmp_path, tmp_path / "edited", {"model_sha256": "a"}, resume=True)
+    with pytest.raises(UserError, match="were made with model_sha256 a, this run has b"):
+        begin_generation(tmp_path, tmp_path / "edited", {"model_sha256": "b"}, resume=True)
+
+
+def test_images_of_another_batch_size_are_not_joined_and_older_records_do_not_say_it(make, tmp_path):
+    first = make(range(8), batch_size=2, shard="0/2")
+    first.begin()
+    write(first)
+    with pytest.raises(UserError, match="made with batch_size 2, this run has 4"):
+        make(range(8), batch_size=4, shard="1/2").begin()
+    path = tmp_path / "out" / "generation.json"
+    record = json.loads(path.read_text())
+    del record["batch_size"]
+    path.write_text(json.dumps(record))
+    make(range(8), batch_size=4, shard="1/2").begin()
+
+
+def test_a_merge_says_that_shards_have_left_something(make, caplog):
+    first = make(range(8), batch_size=2, shard="0/2")
+    first.begin()
+    write(first, first.items[:2])
+    write(make(range(8), batch_size=2, shard="0/2"))  # goes on with its own
+    assert "missing" not in caplog.text
+    make(range(8), batch_size=2, resume=True)
+    assert "4 of 8 items are missing; this process does them now" in caplog.text

@@ -97,6 +97,22 @@ def test_file_of_the_same_name_will_do(tmp_path):
     assert found["reconstruction"] == str(tmp_path / "rec/p1/a.jpg")
 
 
+def test_images_that_a_projection_gave_none_are_left_out(tmp_path, caplog):
+    items = [{"image": str(tmp_path / f"in/p/{n}.png")} for n in range(3)]
+    save_png(tmp_path / "rec/p/1.png", np.zeros((4, 4)))
+    save_png(tmp_path / "rec/p/2.png", np.zeros((4, 4)))
+    table = tmp_path / "rejected.csv"
+    table.write_text("file,reason\np/0.png,diverged\np/2.png,1 of 2 frames left out\n")
+    pairs = pair_reconstructions(items, tmp_path / "rec", tmp_path / "in", rejected=table)
+    assert [pair["image"] for pair in pairs] == [item["image"] for item in items[1:]]
+    assert "1 of 3 images have no reconstruction and are left out" in caplog.text
+    arguments = {"data_root": tmp_path / "in", "inputs": [item["image"] for item in items]}
+    assert pair_reconstructions(items, tmp_path / "rec", rejected=table, at_most=1, **arguments) == pairs[:1]
+    assert pair_reconstructions([], tmp_path / "rec", rejected=table, **arguments) == []  # an empty shard
+    with pytest.raises(UserError, match=r"none of 1 images has a reconstruction in .*rejected\.csv says why"):
+        pair_reconstructions(items[:1], tmp_path / "rec", rejected=table, **arguments)
+
+
 def test_missing_reconstructions_are_counted(tmp_path):
     items = [{"image": str(tmp_path / f"in/{n}.png")} for n in range(3)]
     save_png(tmp_path / "rec/1.png", np.zeros((4, 4)))

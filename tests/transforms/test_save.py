@@ -11,6 +11,7 @@ import torch
 from monai.data import MetaTensor
 from PIL import Image
 
+import medgen.transforms.save
 from medgen.errors import UserError
 from medgen.transforms import SaveArray, SaveArrayd, SavePNG, SavePNGd
 
@@ -239,3 +240,31 @@ def test_array_that_overflows_float16_is_refused(tmp_path):
         SaveArray(tmp_path, dtype="float16")(tensor(np.full((1, 2, 2), 1e5, np.float32)))
 
     assert not os.listdir(tmp_path)
+
+
+def test_image_that_was_replaced_since_is_not_done(tmp_path):
+    source = tmp_path / "in.png"
+    save = SaveArray(tmp_path / "out")
+    assert not save.is_written(source)
+    Image.fromarray(PICTURE).save(source)
+    assert not save.is_written(source)
+    save(tensor(PICTURE[None] / np.float32(255), str(source)))
+    os.utime(source, ns=(0, 10**9))
+    os.utime(tmp_path / "out" / "in.npy", ns=(0, 10**9))
+    assert save.is_written(source)
+    os.utime(source, ns=(0, 10**9 + 1))
+    assert not save.is_written(source)
+
+
+def test_names_of_many_inputs_are_made_once_for_all_savers(tmp_path, monkeypatch):
+    calls = []
+    real = medgen.transforms.save.distinct_names
+    monkeypatch.setattr("medgen.transforms.save.distinct_names", lambda *lists: calls.append(1) or real(*lists))
+    inputs = [str(tmp_path / "in" / name) for name in ("a.png", "a.dcm", "b.png")]
+    savers = [kind(tmp_path / "out", tmp_path / "in", inputs=list(inputs)) for kind in (SavePNG, SaveArray, SavePNG)]
+    assert calls == [1]
+    names = [saver.path(np.empty(0), {"filename_or_obj": inputs[1]}).name for saver in savers]
+    assert names == ["a.dcm.png", "a.dcm.npy", "a.dcm.png"]
+    other = SavePNG(tmp_path / "out", tmp_path, inputs=inputs)
+    assert other.path(np.empty(0), {"filename_or_obj": inputs[2]}) == tmp_path / "out" / "in" / "b.png"
+    assert calls == [1, 1]

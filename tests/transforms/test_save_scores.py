@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import Dataset, MetaTensor
 from PIL import Image
 
 from medgen.errors import UserError
@@ -75,11 +75,26 @@ def test_equal_images_have_an_infinite_ratio(items, tmp_path):
     assert records.read(same[0])["metrics"]["psnr"] == np.inf
 
 
-def test_images_with_a_record_are_left_out_only_when_it_goes_on(items, tmp_path):
+def test_images_with_a_record_are_left_out_only_when_it_goes_on(items, tmp_path, caplog):
     records = make(tmp_path, items)
-    score_images([scored(item) for item in items[:2]], records)
+    assert records.pending(resume=False) == items
+    score_images(Dataset(items[:2], scored), records)
+    assert make(tmp_path, items).pending(resume=True, shard="0/2") == items[2:]
+    assert "missing" not in caplog.text
     assert make(tmp_path, items).pending(resume=True) == items[2:]
-    assert make(tmp_path, items).pending(resume=False) == items
+    assert "1 of 3 items are missing; this process does them now" in caplog.text
+    with pytest.raises(UserError, match=r"2 of 3 images are scored .* already; .* --resume true, or choose another"):
+        make(tmp_path, items).pending(resume=False)
+
+
+def test_image_that_is_replaced_while_it_is_scored_is_scored_again(items, tmp_path):
+    def replaced(item: dict) -> dict:
+        entry = scored(item)
+        Image.fromarray(np.full((8, 10), 77, np.uint8)).save(item["image"])
+        return entry
+
+    score_images(Dataset(items[:1], replaced), make(tmp_path, items))
+    assert make(tmp_path, items).pending(resume=True) == items
 
 
 @pytest.mark.parametrize("key", ["image", "reconstruction", "anomaly_mask"])

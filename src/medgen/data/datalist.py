@@ -250,8 +250,9 @@ def readable_items(
     rejected: str | os.PathLike | None,
     num_workers: int = 0,
     is_known: Callable[[Item], bool] = lambda item: False,
+    from_folder: bool = False,
 ) -> list[Item]:
-    """The items of a datalist whose image can be read; the others go to a CSV, and the work on the rest goes on.
+    """The items of a datalist or folder whose image can be read; the others go to a CSV, and work on the rest goes on.
 
     Args:
         items: with full paths.
@@ -260,6 +261,8 @@ def readable_items(
             that merges the shards writes the CSV.
         num_workers: processes that read; 0 reads in this one.
         is_known: whether an item need not be read, such as one that is finished.
+        from_folder: the items are those of :func:`items_from_folder` in ``data_root``, unread: with ``rejected`` it is
+            done as there, finished or not.
 
     Returns:
         The items, in their order.
@@ -267,6 +270,11 @@ def readable_items(
     Raises:
         UserError: no image can be read, or ``rejected`` cannot be written.
     """
+    if from_folder and rejected is not None:
+        files = [os.path.relpath(item["image"], data_root) for item in items]
+        texts = sum(file.lower().endswith(NOT_IMAGES) for file in list_files(data_root))
+        readable = set(_readable(data_root, files, rejected, num_workers, texts))
+        return [item for item, file in zip(items, files, strict=True) if file in readable]
     todo = [item["image"] for item in items if not is_known(item)]
     reasons = {path: why for path, (count, why) in zip(todo, _checked(todo, num_workers), strict=True) if not count}
     used = [item for item in items if item["image"] not in reasons]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from medgen.data.datalist import load_classes, load_datalist, validate_datalist
 from medgen.data.image_set import file_sha256
-from medgen.data.shard import parse_shard, shard_line, shard_of
+from medgen.data.shard import parse_shard, shard_line, shard_of, warn_of_missing, write_first
 from medgen.errors import UserError
 from medgen.output import atomic_file, atomic_write_text
 
@@ -196,11 +196,12 @@ class LatentStore:
     """Posteriors of the images of a datalist below ``latents_dir``, and what of them is still to be encoded.
 
     - ``latents.json``: what decides the latents beside the images: the SHA-256 of the autoencoder, a digest of the
-      transform, the shape, and how many augmented copies there are and from which seed;
+      transform, the shape, how many augmented copies there are and from which seed, and the size of the batches, by
+      which sums are rounded. Of shards that begin at once the first writes it;
     - ``00000.npy``: (N, 1 + copies, 2, C, h, w) float16, mean and standard deviation of ``shard_size`` images;
-    - ``00000.json``: SHA-256 of the array, and its images, one a row, each with size, time and SHA-256 of its file and
-      the moments of its latent. It is written after the array, and one that was there goes before, so that a shard
-      counts once it is complete;
+    - ``00000.json``: SHA-256 of the array and of the autoencoder, and the images, one a row, each with size, time and
+      SHA-256 of its file and the moments of its latent. It is written after the array, and one that was there goes
+      before, so that a shard counts once it is complete;
     - ``scaling.json``: the :class:`LatentScaling` of the training split;
     - ``.lock``: locked as long as a process encodes into the folder; the system unlocks it when that process ends.
       Processes that encode one of n shares of the images share it, and each has ``.lock-i-of-n`` to itself.
@@ -267,7 +268,9 @@ class LatentStore:
             "latent_shape": list(latent_shape),
             "augmented_copies": augmented_copies,
             "seed": seed if augmented_copies else None,
+            "batch_size": batch_size,  # sums are rounded by it
         }
+        self._autoencoder_path = autoencoder_path
         if not write_latents and "training" not in splits:
             raise UserError(f"a scaling is measured on the training split, got splits {list(splits)}; add training")
         if self.shard is not None and not write_latents:
@@ -284,9 +287,10 @@ class LatentStore:
         self._own = None if self.shard is None else own.keys()
         self.part = [name for stem in own for name in own[stem]]
         self._before = _shard_files(self.folder, self._own)
-        shards = _read_shards(self.folder, self._own, whole=True)
+        shards = _read_shards(self.folder, self.header["autoencoder_sha256"], autoencoder_path, self._own, whole=True)
+        self._found = bool(shards)
         if shards or (self.shard is not None and _shard_files(self.folder)):
-            self._check_same_settings(autoencoder_path)
+            self._check_same_settings()
         if shards and write_latents and not resume and self.shard is None:
             raise UserError(
                 f"{self.folder} holds latents of {sum(map(len, shards.values()))} images already; keep them and do "
@@ -324,7 +328,8 @@ class LatentStore:
         """Lock the folder and record the settings.
 
         Raises:
-            UserError: another process encodes into the folder, or has done so since this store was made.
+            UserError: another process encodes into the folder, or has done so since this store was made, or shards have
+                begun with other settings.
         """
         if not self.write_latents:
             return
@@ -332,7 +337,18 @@ class LatentStore:
         if _shard_files(self.folder, self._own) != self._before:
             self.close()
             raise UserError(f"another run has encoded into {self.folder} meanwhile; start this one again")
-        atomic_write_text(self.folder / INDEX, json.dumps(self.header, indent=4) + "\n")
+        header = json.dumps(self.header, indent=4) + "\n"
+        try:
+            if self.shard is not None:  # another shard may have begun, and have written nothing else yet
+                write_first(self.folder / INDEX, header)
+            if self.shard is not None or self._found:
+                self._check_same_settings()
+        except BaseException:
+            self.close()
+            raise
+        if self.shard is None:
+            atomic_write_text(self.folder / INDEX, header)
+        warn_of_missing(len(self.todo), self.count, self.shard)
 
     def close(self) -> None:
         """Let others encode into the folder."""
@@ -391,7 +407,8 @@ class LatentStore:
         index.unlink(missing_ok=True)  # of a broken shard: it would name other images than the new array has
         with atomic_file(array) as file:
             np.save(file, np.stack(self._rows), allow_pickle=False)
-        digests = json.dumps({"sha256": file_sha256(array), "ends_sha256": _ends_sha256(array)})[1:-1]
+        digests = {"sha256": file_sha256(array), "ends_sha256": _ends_sha256(array)}
+        digests = json.dumps({**digests, "autoencoder_sha256": self.header["autoencoder_sha256"]})[1:-1]
         text = ",\n".join(map(json.dumps, rows))
         atomic_write_text(index, f'{{{digests}, "images": [\n{text}\n]}}\n')
         self._rows.clear()
@@ -431,15 +448,15 @@ class LatentStore:
                     "another; encode as before, without --shard and with --resume true, or into another --latents_dir"
                 )
 
-    def _check_same_settings(self, autoencoder_path: str | os.PathLike) -> None:
-        before = _read_header(self.folder)
+    def _check_same_settings(self) -> None:
+        before = {"batch_size": self.header["batch_size"], **_read_header(self.folder)}  # older ones do not say it
         sha256, other = self.header["autoencoder_sha256"], before["autoencoder_sha256"]
-        _check_sha256(f"the latents in {self.folder} are of", other, sha256, autoencoder_path)
+        _check_sha256(f"the latents in {self.folder} are of", other, sha256, self._autoencoder_path)
         for key, value in self.header.items():
             if before.get(key) != value:
                 raise UserError(
                     f"the latents in {self.folder} were made with {key} {before.get(key)}, this run has {value}; "
-                    "choose another --latents_dir, or encode as before"
+                    f"choose another --latents_dir, or encode as before (where there are none yet, delete {INDEX})"
                 )
 
 
@@ -484,7 +501,7 @@ def load_latents(
             "overlay that they were encoded with, or encode into another --latents_dir"
         )
     places = {}
-    for stem, rows in _read_shards(folder).items():
+    for stem, rows in _read_shards(folder, header["autoencoder_sha256"], folder / INDEX).items():
         for number, row in enumerate(rows):
             places[row["image"]] = {"file": str(folder / f"{stem}.npy"), "row": number}, row
     images = _images(datalist, split, dataset_dir, require_files=False)
@@ -538,11 +555,17 @@ def _shard_files(folder: Path, stems: Collection[str] | None = None) -> dict[Pat
 
 
 def _read_shards(
-    folder: Path, stems: Collection[str] | None = None, whole: bool = False
+    folder: Path,
+    autoencoder_sha256: str,
+    known_from: str | os.PathLike,
+    stems: Collection[str] | None = None,
+    whole: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Images of every complete shard, in their order; a shard of which a part is missing or broken is left out.
 
-    That an array is the one that the JSON file was written for is seen by its ends, or by the whole of it.
+    That an array is the one that the JSON file was written for is seen by its ends, or by the whole of it. One of
+    another autoencoder than the one wanted, of which the file ``known_from`` speaks, is a UserError; older files do not
+    say of which they are.
     """
     shards = {}
     for path in _shard_files(folder, stems):
@@ -558,6 +581,8 @@ def _read_shards(
         except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError):
             complete = False
         if complete:
+            other = content.get("autoencoder_sha256", autoencoder_sha256)
+            _check_sha256(f"the latents in {path.with_suffix('.npy')} are of", other, autoencoder_sha256, known_from)
             shards[path.stem] = rows
         else:
             logger.warning(f"{path} and its array are not a complete shard: its images count as not encoded")

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from medgen.data.shard import check_group_size
+from medgen.data.shard import check_group_size, warn_of_missing
 from medgen.errors import UserError
 
 __all__ = ["group_batches", "pending_groups"]
@@ -18,6 +18,7 @@ def pending_groups(
     group_size: int,
     resume: bool,
     listed: Sequence[Mapping[str, Any]] | None = None,
+    shard: str | None = None,
 ) -> list[Mapping[str, Any]]:
     """The items of those groups that are not finished.
 
@@ -35,6 +36,7 @@ def pending_groups(
         listed: the items before some were taken out, such as images that cannot be read: it is this list that is cut,
             since one shard knows nothing of the images that another found unreadable. Groups that lost an item are
             smaller, and batches come from :func:`group_batches`.
+        shard: whose items these are; without, a warning says how many of several are missing.
 
     Returns:
         Items, in their order; empty when nothing is left.
@@ -49,6 +51,7 @@ def pending_groups(
             f"{sum(finished)} of {len(items)} results are in the output folder already; keep them and do the rest with "
             "--resume true, or choose another --output_dir"
         )
+    warn_of_missing(finished.count(False), len(items), shard)
     groups = _groups(items, items if listed is None else listed, group_size)
     unfinished = {group for group, done in zip(groups, finished, strict=True) if not done}
     return [item for item, group in zip(items, groups, strict=True) if group in unfinished]

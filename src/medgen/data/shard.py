@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import secrets
 from collections.abc import Sequence, Sized
+from pathlib import Path
 from typing import Any, TypeVar
 
 from medgen.errors import UserError
 
-__all__ = ["parse_shard", "shard_line", "shard_of"]
+__all__ = ["parse_shard", "shard_line", "shard_of", "warn_of_missing", "write_first"]
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -85,3 +91,47 @@ def shard_line(shard: str, part: Sized, items: Sized, folder: Any) -> str:
         f"shard {shard}: {len(part)} of {len(items)} items are done in {folder}; when all shards are, the same command "
         "without --shard and with --resume true writes the tables and pictures"
     )
+
+
+def warn_of_missing(missing: int, count: int, shard: Any = None) -> None:
+    """Say what a run without a shard does that finds a part of its items done: it may merge shards too early.
+
+    Args:
+        missing: items to do.
+        count: all items.
+        shard: see :func:`parse_shard`; a shard says nothing, since most of what it finds is its own.
+    """
+    if 0 < missing < count and parse_shard(shard) is None:
+        logger.warning(
+            f"{missing:,} of {count:,} items are missing; this process does them now (if it merges shards: are all of "
+            "them done?)"
+        )
+
+
+def write_first(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole unless it is there, even when other processes do so at this moment.
+
+    The file that was first stays; who writes has to read it again and see whether it is as wished. A disk that knows no
+    links keeps the last of several that are written at once.
+
+    Args:
+        path: the file; its folder is made.
+        text: in UTF-8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ready = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        ready.write_text(text, encoding="utf-8")
+        try:
+            os.link(ready, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            if not path.exists():
+                os.replace(ready, path)
+    finally:
+        ready.unlink(missing_ok=True)

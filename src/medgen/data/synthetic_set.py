@@ -17,7 +17,7 @@ from medgen import lineage
 from medgen.data.datalist import write_datalist
 from medgen.data.pending import pending_groups
 from medgen.data.reader import read_frames
-from medgen.data.shard import parse_shard, shard_line, shard_of
+from medgen.data.shard import parse_shard, shard_line, shard_of, write_first
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
 
@@ -64,18 +64,42 @@ def begin_generation(
         output_dir: where ``generation.json`` goes.
         folder: of the images.
         record: plain values that decide the pixels, the weights' SHA-256 among them.
-        resume: whether images may be there.
+        resume: whether images, or processes that make others of them, may be there.
 
     Raises:
-        UserError: images are there and ``resume`` is False, or they were made with other settings.
+        UserError: images are there and ``resume`` is False, or settings are recorded that are others.
     """
-    if Path(folder).is_dir() and any(Path(folder).iterdir()):
-        if not resume:
-            raise UserError(
-                f"{folder} holds images already; make the rest with --resume true, or choose another --output_dir"
-            )
-        _check_same(folder, _read_record(output_dir), record)
-    atomic_write_text(Path(output_dir) / RECORD, json.dumps(dict(record)) + "\n")
+    if not resume and Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise UserError(
+            f"{folder} holds images already; make the rest with --resume true, or choose another --output_dir"
+        )
+    _agree(output_dir, folder, record, resume)
+
+
+def _agree(
+    output_dir: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    record: Mapping[str, Any],
+    resume: bool,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the record unless there is one, see that the one that is there is the same, and return it.
+
+    Which of several shards comes first is not known, and none has made an image then: records are compared whether
+    there are images or not. ``defaults`` stand for what older ones lack.
+    """
+    path, defaults = Path(output_dir) / RECORD, defaults or {}
+    text = json.dumps(dict(record)) + "\n"
+    if not resume:  # nothing is there that another record could belong to
+        atomic_write_text(path, text)
+        return dict(record)
+    # in this order: who has made an image has written the record before
+    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not path.is_file():
+        _check_same(folder, {}, record)
+    write_first(path, text)
+    before = _read_record(output_dir)
+    _check_same(folder, {**defaults, **before}, {**defaults, **record})
+    return before
 
 
 def _read_record(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -92,7 +116,8 @@ def _check_same(folder: str | os.PathLike[str], before: Mapping[str, Any], recor
         if before.get(key) != value:
             raise UserError(
                 f"the samples in {folder} were made with {key} {before.get(key)!s:.100}, this run has {value!s:.100}; "
-                "resume with what they were made with, or choose another --output_dir"
+                f"resume with what they were made with (where there are none yet, delete {RECORD}), or choose another "
+                "--output_dir"
             )
 
 
@@ -119,8 +144,9 @@ class SyntheticSet:
 
     - ``samples/seed000042.png`` (or ``.dcm``), one for each seed, written by the caller; with several prompts
       ``samples/prompt0003_seed000042.png``, one for each seed of each prompt;
-    - ``generation.json``, the settings that decide the pixels, since a folder holds images of one setting only, and
-      the seeds of all runs in it;
+    - ``generation.json``, the settings that decide the pixels, since a folder holds images of one setting only, with
+      the size of the batches, by which sums are rounded, and the seeds of all runs in it. It is written before the
+      first image, and of shards that begin at once the first writes it;
     - ``datalist.json``, each image a patient of its own (``synthetic-42``) with its seed, its class, its prompt as
       ``text`` and the SHA-256 of the generator's weights (and ``model``, ``models:/NAME/VERSION`` of a registered
       one), so that metrics and trainings read the set like a real one;
@@ -136,7 +162,7 @@ class SyntheticSet:
         class_index: class of all images. None: the classes in turn, by the seed (``seed % num_classes``), so that a
             seed means one image whatever range it is made in.
         file_format: one of ``formats``.
-        batch_size: images generated together; a resumed run makes the same batches again.
+        batch_size: images generated together, the same in all runs of a folder: a resumed one makes the same batches.
         resume: keep what is there and make the rest; False refuses a folder that holds samples.
         name: of the data set.
         modality: of the data set.
@@ -200,9 +226,12 @@ class SyntheticSet:
                 f"{self.folder} holds {len(there)} samples already; make the rest with --resume true, or choose "
                 "another --output_dir"
             )
-        self._before = _read_record(self.output_dir) if there else None
+        self._before = _read_record(self.output_dir) if there else {}
+        self._resume, self._batch_size = resume, batch_size
         self._started = time.perf_counter()
-        self.todo = pending_groups(self.part, lambda item: item["name"] + self.suffix in there, batch_size, resume)
+        self.todo = pending_groups(
+            self.part, lambda item: item["name"] + self.suffix in there, batch_size, resume, shard=self.shard
+        )
 
     def _items(self, seeds: Iterable[int]) -> list[dict[str, Any]]:
         """An item for each seed, prompt by prompt."""
@@ -221,10 +250,10 @@ class SyntheticSet:
             item["label"] = seed % self.num_classes if self.class_index is None else self.class_index
         return item
 
-    @cached_property
+    @property
     def seeds(self) -> list[int]:
         """Of this run and of those before it in the same folder, in the order in which they were asked for."""
-        before = (self._before or {}).get("seeds")
+        before = self._before.get("seeds")
         before = [seed for seed in before if type(seed) is int] if isinstance(before, list) else []
         return list(dict.fromkeys([*before, *(item["seed"] for item in self.items)]))
 
@@ -274,16 +303,16 @@ class SyntheticSet:
         return provenance_line(shown)
 
     def begin(self) -> None:
-        """Record the settings, or see that they are those of the samples that are there.
+        """Record the settings, or see that they are those of the samples that are there or that others make.
 
         Raises:
             UserError: no weights, or others, or other settings.
         """
-        if self._before is not None:
-            without = {"prompts": [], "label": None}
-            _check_same(self.folder, without | self._before, without | self.record)
-        generation = {**self.record, "seeds": self.seeds}
-        atomic_write_text(self.output_dir / RECORD, json.dumps(generation) + "\n")
+        # sums are rounded by the batch: images of another size of it are not the same to the last bit
+        record = {**self.record, "batch_size": self._batch_size}
+        defaults = {"prompts": [], "label": None, "batch_size": self._batch_size}
+        self._before = _agree(self.output_dir, self.folder, record, self._resume, defaults)
+        atomic_write_text(self.output_dir / RECORD, json.dumps({**record, "seeds": self.seeds}) + "\n")
         self._started = time.perf_counter()
 
     def finish(self) -> None:

@@ -7,7 +7,9 @@ Everything geometric goes by the affine of MONAI's ``MetaTensor``. Images read b
 
 from __future__ import annotations
 
+import csv
 import json
+import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
@@ -26,6 +28,7 @@ from scipy import ndimage
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from medgen.data.datalist import printable
 from medgen.data.image_set import file_sha256
 from medgen.data.reader import UnreadableImageError, one_line, read_some
 from medgen.errors import UserError
@@ -47,6 +50,8 @@ __all__ = [
     "pixels_of_file",
     "read_anomaly_mask",
 ]
+
+logger = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 
@@ -176,6 +181,8 @@ def pair_reconstructions(
     data_root: str | PathLike[str] = "",
     require_files: bool = True,
     inputs: Sequence[str | PathLike[str]] = (),
+    rejected: str | PathLike[str] | None = None,
+    at_most: int | None = None,
 ) -> list[Item]:
     """Datalist items with the path of each image's reconstruction as ``reconstruction``.
 
@@ -189,34 +196,61 @@ def pair_reconstructions(
         require_files: False where the reconstructions are still to be written; their names follow from the images'.
         inputs: all images of the run that made the reconstructions, where ``items`` are some of them; default: those of
             ``items``.
+        rejected: CSV in which a projection says which images it gave none (``file``, relative to ``data_root``): those
+            of them that have no reconstruction are left out, with a warning. None, or no such file: none is.
+        at_most: how many pairs are wanted, of the first items that have one; None: all.
 
     Returns:
         Copies of the items, without entries that are None.
 
     Raises:
-        UserError: a reconstruction is missing, or an image lies outside ``data_root``.
+        UserError: a reconstruction is missing, all are left out, or an image lies outside ``data_root``.
     """
     namer = SavePNG(folder, data_root, inputs=inputs or [item["image"] for item in items])
-    pairs, missing = [], []
+    known = _rejected_files(rejected)
+    pairs, missing, left_out = [], [], []
     for item in items:
+        if at_most is not None and len(pairs) == at_most:
+            break
         path = namer.path(None, {"filename_or_obj": item["image"]})
         if require_files and not path.is_file():
             root = os.path.abspath(data_root) if str(data_root) else os.path.dirname(os.path.abspath(item["image"]))
             twin = Path(folder) / os.path.relpath(os.path.abspath(item["image"]), root)
             if twin.is_file():
                 path = twin
+            elif printable(Path(os.path.relpath(os.path.abspath(item["image"]), root)).as_posix()) in known:
+                left_out.append(item)
+                continue
             else:
                 missing.append(path)
+                if at_most is not None:
+                    continue
         # a datalist may say null for a mask that is not there
         present = {key: value for key, value in item.items() if value is not None}
         pairs.append({**present, "reconstruction": str(path)})
-    if missing:
+    if missing and (at_most is None or not pairs):
         raise UserError(
-            f"{missing[0]} not found ({len(missing)} of {len(pairs)} reconstructions are missing); project the images "
+            f"{missing[0]} not found ({len(missing)} of {len(items)} reconstructions are missing); project the images "
             "first (configs/project.json), name the folder with --reconstruction_dir, or leave out of the data what a "
             "projection listed in rejected.csv"
         )
+    if left_out and not pairs:
+        raise UserError(
+            f"none of {len(items)} images has a reconstruction in {folder}, {rejected} says why; project anew"
+        )
+    if left_out and at_most is None:
+        logger.warning(
+            f"{len(left_out)} of {len(items)} images have no reconstruction and are left out, see {rejected}"
+        )
     return pairs
+
+
+def _rejected_files(path: str | PathLike[str] | None) -> set[str]:
+    """The files of a table of those that could not be used; none where there is no table."""
+    if path is None or not Path(path).is_file():
+        return set()
+    with open(path, newline="", encoding="utf-8") as table:
+        return {row["file"] for row in csv.DictReader(table)}
 
 
 def origin_of_reconstructions(

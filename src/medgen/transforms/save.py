@@ -7,6 +7,7 @@ import re
 import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,29 @@ __all__ = ["SaveArray", "SaveArrayd", "SavePNG", "SavePNGd"]
 
 # A suffix begins with a letter: the last number of a UID that serves as a file name is none.
 _SUFFIX = re.compile(r"(\.nii\.gz|\.[A-Za-z][A-Za-z0-9]{1,5})$", re.IGNORECASE)
+
+
+def _folder_of(source: str, data_root: str) -> Path:
+    """Folder of an input relative to ``data_root``, or a UserError if it lies elsewhere."""
+    if not data_root:
+        return Path()
+    # by the letter, without following links: data sets are often linked together from several places
+    folder = Path(os.path.relpath(os.path.dirname(os.path.abspath(source)), os.path.abspath(data_root)))
+    if ".." in folder.parts:
+        raise UserError(f"expected a file below data_root {data_root}, got {source}; set data_root")
+    return folder
+
+
+@lru_cache(maxsize=1)  # a run has a dozen savers for the same inputs, of which there may be hundreds of thousands
+def _names_of(data_root: str, inputs: tuple[str, ...], working_dir: str) -> dict[str, str]:
+    """Names of the outputs below the folder of each, without suffix, by the inputs' full paths."""
+    sources = list(dict.fromkeys(os.path.abspath(source) for source in inputs))
+    short, full = [], []
+    for source in sources:
+        folder, name = _folder_of(source, data_root), os.path.basename(source)
+        short.append((folder / _SUFFIX.sub("", name)).as_posix())
+        full.append((folder / name).as_posix())
+    return dict(zip(sources, distinct_names(short, full, sources), strict=True))
 
 
 class _Save(Transform):
@@ -56,23 +80,7 @@ class _Save(Transform):
         self.data_root = str(data_root)
         self.postfix = postfix
         self._sources: dict[Path, str] = {}
-        sources = list(dict.fromkeys(os.path.abspath(source) for source in inputs))
-        short, full = [], []
-        for source in sources:
-            folder, name = self._folder(source), os.path.basename(source)
-            short.append((folder / _SUFFIX.sub("", name)).as_posix())
-            full.append((folder / name).as_posix())
-        self._names = dict(zip(sources, distinct_names(short, full, sources), strict=True))
-
-    def _folder(self, source: str) -> Path:
-        """Folder of an input relative to ``data_root``, or a UserError if it lies elsewhere."""
-        if not self.data_root:
-            return Path()
-        # by the letter, without following links: data sets are often linked together from several places
-        folder = Path(os.path.relpath(os.path.dirname(os.path.abspath(source)), os.path.abspath(self.data_root)))
-        if ".." in folder.parts:
-            raise UserError(f"expected a file below data_root {self.data_root}, got {source}; set data_root")
-        return folder
+        self._names = _names_of(self.data_root, tuple(map(str, inputs)), os.getcwd())
 
     def path(self, img: NdarrayOrTensor, meta_data: Mapping[str, Any] | None = None) -> Path:
         """Where an image goes.
@@ -94,7 +102,7 @@ class _Save(Transform):
         name = _SUFFIX.sub("", os.path.basename(source))
         if not name or name in (".", ".."):
             raise UserError(f"expected metadata with the file name of the image (filename_or_obj), got {source!r}")
-        stem = self._names.get(os.path.abspath(source)) or str(self._folder(source) / name)
+        stem = self._names.get(os.path.abspath(source)) or str(_folder_of(source, self.data_root) / name)
         path = self.output_dir / f"{stem}{self.postfix}{self.suffix}"
         if not path.resolve().is_relative_to(self.output_dir.resolve()):
             raise UserError(f"{path} lies outside output_dir {self.output_dir} through a link; remove the link")
@@ -103,6 +111,18 @@ class _Save(Transform):
         if self._sources.setdefault(path, source) != source:
             raise UserError(f"{self._sources[path]} and {source} would both be saved as {path}; set data_root")
         return path
+
+    def is_written(self, source: str | PathLike[str]) -> bool:
+        """Whether the output of an input is there and no older than it: an image that was replaced since is not done.
+
+        Args:
+            source: path of the input.
+        """
+        try:
+            written = self.path(np.empty(0), {"filename_or_obj": str(source)}).stat().st_mtime_ns
+            return written >= os.stat(source).st_mtime_ns
+        except FileNotFoundError:
+            return False
 
     @abstractmethod
     def write(self, array: np.ndarray, path: Path, name: str) -> None:

@@ -9,6 +9,7 @@ import os
 import time
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from medgen.data.image_set import file_sha256
+from medgen.data.shard import warn_of_missing
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
 from medgen.transforms.save import SaveArray
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FILES = {"image": "image_sha256", "reconstruction": "reconstruction_sha256", "anomaly_mask": "mask_sha256"}
 ENTRIES = {"settings", "patient", "scores", "metrics", "mask", *FILES.values()}
+READERS = 8  # threads: a network disk answers several at once, and hashing lets others run
 LOG_SECONDS = 10.0  # between lines where there is no terminal
 
 
@@ -78,16 +81,36 @@ class SaveScoresd(Transform):
         """Where the record of an image file is."""
         return self.names.path(np.empty(0), {"filename_or_obj": str(image)})
 
-    def pending(self, resume: bool) -> list[Mapping[str, Any]]:
-        """The items without a record of these settings and files; all of them unless ``resume``."""
+    def pending(self, resume: bool, shard: str | None = None) -> list[Mapping[str, Any]]:
+        """The items without a record of these settings and files.
+
+        Args:
+            resume: False refuses to score where any item has a record.
+            shard: of this run; without, a warning says how many of several are missing.
+
+        Raises:
+            UserError: there are records and ``resume`` is False.
+        """
         items = list(self.items.values())
-        return [item for item in items if not (resume and self.is_finished(item))]
+        with ThreadPoolExecutor(READERS) as pool:
+            if not resume:
+                there = sum(pool.map(lambda item: self.path_of(item["image"]).is_file(), items))
+                if there:
+                    raise UserError(
+                        f"{there} of {len(items)} images are scored in the output folder already; keep the scores that "
+                        "still hold and do the rest with --resume true, or choose another --output_dir"
+                    )
+                return items
+            finished = list(pool.map(self.is_finished, items))
+        todo = [item for item, done in zip(items, finished, strict=True) if not done]
+        warn_of_missing(len(todo), len(items), shard)
+        return todo
 
     def is_finished(self, item: Mapping[str, Any]) -> bool:
         """Whether an item has a record that was made with these settings of the files as they are."""
         record = self._record(item["image"])
         return (
-            record is not None and record["settings"] == self.settings and self._files(item).items() <= record.items()
+            record is not None and record["settings"] == self.settings and self.digests(item).items() <= record.items()
         )
 
     def _record(self, image: str) -> dict[str, Any] | None:
@@ -99,15 +122,18 @@ class SaveScoresd(Transform):
         return record if isinstance(record, dict) and record.keys() >= ENTRIES else None
 
     @staticmethod
-    def _files(item: Mapping[str, Any]) -> dict[str, str | None]:
+    def digests(item: Mapping[str, Any]) -> dict[str, str | None]:
+        """SHA-256 of an item's files as they are now."""
         return {name: file_sha256(item[key]) if item.get(key) else None for key, name in FILES.items()}
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> str:
+    def __call__(self, data: Mapping[Hashable, Any], digests: Mapping[str, str | None] | None = None) -> str:
         """Write the record of one item.
 
         Args:
             data: ``image``, a ``MetaTensor``, and ``reconstruction``, (1, H, W) in [0, 1]; ``scores`` and
                 ``anomaly_mask`` (1, H, W).
+            digests: :meth:`digests` of the item, taken before its files were read: a file that is replaced meanwhile
+                is then scored again. None takes them now.
 
         Returns:
             The image's path.
@@ -123,7 +149,7 @@ class SaveScoresd(Transform):
             metric.reset()  # it would keep the values of all images
         record = {
             "settings": self.settings,
-            **self._files(self.items[os.path.abspath(source)]),
+            **(digests or self.digests(self.items[os.path.abspath(source)])),
             "patient": str(meta.get("patient") or ""),
             "scores": dict(data["scores"]),
             "metrics": found,
@@ -162,7 +188,7 @@ def score_images(dataset: Dataset, records: SaveScoresd, num_workers: int = 0) -
     """Score all images of a data set and write their records, with a bar or a line now and then.
 
     Args:
-        dataset: whose items ``records`` takes.
+        dataset: whose items ``records`` takes, made of ``dataset.data``.
         records: writes them.
         num_workers: processes that score; 0 scores in this one.
     """
@@ -191,7 +217,8 @@ class _Recorded(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> str:
-        return self.records(self.dataset[number])
+        digests = self.records.digests(self.dataset.data[number])
+        return self.records(self.dataset[number], digests)
 
 
 def _packed(mask: np.ndarray) -> dict[str, Any] | None:
