@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RATES = Path(__file__).with_name("rates.json")
 DATA_SETS = {"ChestX-ray14": ("chestxray14", 112_120), "MIMIC-CXR": ("mimic_cxr", 377_000)}
 
+HOPELESS = 0.99  # share of the time: simulating a training that hardly gets on would take as long
+
 # One row a stage: its name in rates.json, images that it takes of a data set of n images, and why so many.
 BUDGETS: tuple[tuple[str, Callable[[int], int], str], ...] = (
     ("preprocessing", lambda n: n, "all"),
@@ -42,6 +44,13 @@ BUDGETS: tuple[tuple[str, Callable[[int], int], str], ...] = (
     ("cxr_inversion_encoder.optimise", lambda n: n, "all, 3,000 steps each"),
     ("lung_segmentation.train", lambda n: 200 * 704, "200 epochs of 704 images: Montgomery, Shenzhen"),
 )
+
+# Images of a step that the presets have, whose modules import torch: of the finest level in the progressive GAN.
+PRESET_BATCHES = {"stylegan2_anomaly.train": 32, "cxr_pggan.train": 4}
+
+# Seconds of a step below which an estimate by operations says nothing: launching the kernels and talking to the other
+# GPUs are not in it.
+SHORT = 0.1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # cost
@@ -76,7 +85,7 @@ def gpu_seconds(rates: dict[str, Any], utilisation: float, peak_bfloat16: float,
     """
     if "gpu" in rates:
         return rates["gpu"]["seconds"], "measured"
-    row = rates["cpu"]
+    row = rates.get("cpu", {})
     if not row.get("flops"):
         return 0.0, "CPU"
     peak = peak_bfloat16 if row["amp"] else peak_tf32
@@ -125,6 +134,7 @@ def cost_table(
             if name not in rates:
                 continue
             images, measured = budget(count), rates[name].get("cpu", {})
+            flops = (measured or rates[name].get("gpu", {})).get("flops", 0)
             seconds, source = gpu_seconds(rates[name], utilisation, peak_bfloat16, peak_tf32)
             is_cpu = source == "CPU"
             unit_hours = images * (measured["seconds"] if is_cpu else seconds) / 3600
@@ -135,7 +145,7 @@ def cost_table(
                     "budget": why,
                     "images": images,
                     "core_seconds": measured.get("seconds"),
-                    "gflops": measured.get("flops", 0) / 1e9,
+                    "gflops": flops / 1e9,
                     "unit_hours": unit_hours,
                     "hours": unit_hours / (cores if is_cpu else gpus),
                     "cost": unit_hours * (core_price if is_cpu else price),
@@ -212,13 +222,18 @@ def simulate_waste(
         (n,) mean share, and (n,) its standard error.
 
     Raises:
-        UserError: a number outside its range.
+        UserError: a number outside its range, or losses so frequent that all but a hundredth of the time is wasted.
     """
     for name, value in {"interval": min(intervals), "save": save, "mean_time": mean_time}.items():
         if not value > 0:
             raise UserError(f"{name} must be positive, got {value}; give seconds")
     if restart < 0:
         raise UserError(f"restart must be 0 or more, got {restart}; give seconds")
+    if max(expected_waste(interval, save, restart, mean_time) for interval in intervals) > HOPELESS:
+        raise UserError(
+            f"expected a training that gets on, got a loss every {mean_time:.0f} s, a restart of {restart:.0f} s and a "
+            f"checkpoint of {save:.3g} s, which waste over {HOPELESS:.0%}; take fewer GPUs or machines that last longer"
+        )
     work = pieces * max(intervals)
     means, errors = [], []
     for interval in intervals:
@@ -249,25 +264,62 @@ def simulate_waste(
 def best_interval(
     save: float, restart: float, mean_time: float, trials: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """The interval that wastes least in simulation, of 33 around Young's, and its waste."""
-    young = young_interval(save, mean_time)
-    intervals = young * np.geomspace(1 / 4, 4, 33)
+    """The interval that wastes least in simulation, of 33 around Young's, and its waste.
+
+    Raises:
+        UserError: losses are so frequent that hardly any work is done, with any of them.
+    """
+    intervals = young_interval(save, mean_time) * np.geomspace(1 / 4, 4, 33)
+    expected = np.array([expected_waste(interval, save, restart, mean_time) for interval in intervals])
+    if expected.min() <= HOPELESS:  # else all are simulated, which is refused
+        intervals = intervals[expected <= HOPELESS]
     wastes, _ = simulate_waste(intervals, save, restart, mean_time, pieces=20, trials=trials, seed=seed)
     place = int(wastes.argmin())
     return float(intervals[place]), float(wastes[place])
 
 
-def default_interval(stage: str) -> int:
-    """``checkpoint_interval`` of a training config of the bundles, in iterations."""
+def read_setting(stage: str, name: str) -> Any:
+    """A setting of a training as ``cluster/args`` has it, else its config; None where neither does."""
     bundle, config = stage.split(".")
-    path = ROOT / "bundles" / bundle / "configs" / f"{config}.json"
-    return int(json.loads(path.read_text(encoding="utf-8"))["checkpoint_interval"])
+    for path in (ROOT / "cluster/args" / f"{stage}.json", ROOT / "bundles" / bundle / "configs" / f"{config}.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if name in settings:
+            return settings[name]
+    return None
+
+
+def total_batch(stage: str) -> int:
+    """Images of a step on all GPUs."""
+    if stage in PRESET_BATCHES:
+        return PRESET_BATCHES[stage]
+    found = re.search(r"batch_per_process\((\d+)\)", str(read_setting(stage, "batch_size")))
+    return int(found[1]) if found else int(read_setting(stage, "batch_size"))
+
+
+def default_interval(stage: str) -> int:
+    """Steps from one checkpoint to the next: ``checkpoint_interval``, or fewer where validations come sooner.
+
+    A validation has a save before and after it, counted as one here. An epoch is of the smaller data set.
+    """
+    images = read_setting(stage, "tick_images")
+    if images is None:
+        budget = next(budget for name, budget, _ in BUDGETS if name == stage)
+        images = budget(min(count for _, count in DATA_SETS.values())) // read_setting(stage, "max_epochs")
+    epoch = max(1, images // total_batch(stage))
+    # interval 0: at each epoch's end
+    return min(read_setting(stage, "checkpoint_interval") or epoch, epoch * read_setting(stage, "val_interval"))
+
+
+def overlay_gpus(stage: str) -> int:
+    """GPUs that the Kubernetes overlay of a training asks for."""
+    path = ROOT / "cluster/kubernetes/overlays" / stage / "kustomization.yaml"
+    return int(re.search(r'nvidia\.com/gpu: "(\d+)"', path.read_text(encoding="utf-8"))[1])
 
 
 def preemption_table(
     rates: dict[str, dict[str, Any]],
     losses: float = 0.01,
-    gpus: int = 8,
+    gpus: int = 0,
     restart: float = 180.0,
     disk: float = 0.5,
     utilisation: float = 0.25,
@@ -279,7 +331,7 @@ def preemption_table(
     Args:
         rates: of :func:`read_rates`.
         losses: λ, of a GPU in an hour, without notice: after a SIGTERM a training saves itself, whatever the interval.
-        gpus: of the training, which the loss of any of them stops.
+        gpus: of each training, which the loss of any of them stops; 0: as many as its Kubernetes overlay asks for.
         restart: R in seconds: of a pod until the first step.
         disk: what a checkpoint is written at, in GB/s.
         utilisation: of :func:`gpu_seconds`.
@@ -287,57 +339,66 @@ def preemption_table(
         peak_tf32: likewise.
 
     Returns:
-        Rows with ``stage, gigabytes, save`` (δ, s), ``young``, ``daly``, ``best`` (τ, s; ``best`` is the simulation's),
-        ``waste`` (of the best, simulated), ``step`` (s, of all GPUs), ``iterations`` (of the best), ``default`` (of the
-        config) and ``default_waste`` (closed form).
+        Rows with ``stage, gpus, gigabytes, save`` (δ, s), ``young``, ``daly``, ``best`` (τ, s; ``best`` is the
+        simulation's), ``waste`` (of the best, simulated), ``step`` (s, of all GPUs), ``source`` (of the step),
+        ``iterations`` (of the best), ``default`` (of :func:`default_interval`) and ``default_waste`` (closed form).
+        ``step`` and what follows from it are None where the step is an estimate below :data:`SHORT`.
 
     Raises:
-        UserError: a number outside its range.
+        UserError: a number outside its range, or losses so frequent that hardly any work is done.
     """
-    for name, value in {"losses": losses, "gpus": gpus, "disk": disk}.items():
+    for name, value in {"losses": losses, "disk": disk}.items():
         if value <= 0:
             raise UserError(f"{name} must be positive, got {value}; set --{name}")
-    mean_time = 3600 / (losses * gpus)
+    if gpus < 0:
+        raise UserError(f"gpus must be 0 or more, got {gpus}; set --gpus")
     rows = []
     for stage, row in rates.items():
-        size = row.get("cpu", {}).get("checkpoint_bytes")
+        sizes = (row.get(side, {}).get("checkpoint_bytes") for side in ("gpu", "cpu"))
+        size = next((size for size in sizes if size), None)
         if not size:
             continue
+        used = gpus or overlay_gpus(stage)
+        mean_time = 3600 / (losses * used)
         save = size / (disk * 1e9)
         best, waste = best_interval(save, restart, mean_time)
-        batch = total_batch(stage)
-        step = batch / gpus * gpu_seconds(row, utilisation, peak_bfloat16, peak_tf32)[0]
+        seconds, source = gpu_seconds(row, utilisation, peak_bfloat16, peak_tf32)
+        step = total_batch(stage) / used * seconds
+        known = step > 0 if source == "measured" else step >= SHORT
         default = default_interval(stage)
         rows.append(
             {
                 "stage": stage,
+                "gpus": used,
                 "gigabytes": size / 1e9,
                 "save": save,
                 "young": young_interval(save, mean_time),
                 "daly": daly_interval(save, mean_time),
                 "best": best,
                 "waste": waste,
-                "step": step,
-                "iterations": max(1, round(best / step)),
+                "step": step if known else None,
+                "source": source if known else "unknown",
+                "iterations": max(1, round(best / step)) if known else None,
                 "default": default,
-                "default_waste": expected_waste(default * step, save, restart, mean_time),
+                "default_waste": expected_waste(default * step, save, restart, mean_time) if known else None,
             }
         )
     return rows
-
-
-def total_batch(stage: str) -> int:
-    """Images of a step on all GPUs, as ``cluster/args`` or the source has it."""
-    path = ROOT / "cluster" / "args" / f"{stage}.json"
-    found = re.search(r"batch_per_process\((\d+)\)", path.read_text(encoding="utf-8")) if path.is_file() else None
-    return int(found[1]) if found else {"stylegan2_anomaly.train": 32, "cxr_pggan.train": 4}.get(stage, 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table with the keys as its head; numbers with three digits."""
+    """A table with the keys as its head; numbers with three digits.
+
+    Raises:
+        UserError: no rows.
+    """
+    if not rows:
+        raise UserError(
+            "expected rates of stages that the table has, got none; run: python cluster/measure.py all --write"
+        )
 
     def text(value: Any) -> str:
         if isinstance(value, float):

@@ -3,15 +3,32 @@
 # root is read-only, as a user without passwd entry or capabilities; there the demo of cxr_autoencoder_kl runs through
 # the cluster's args files, on two processes.
 #   sudo cluster/try_without_engine.sh [FOLDER [UID]]
-# needs Linux, root, Python 3.11 and 8 GB in FOLDER, which keeps the environment for the next time: delete it.
+# needs Linux, root, Python 3.11 and 8 GB in FOLDER. Works in FOLDER/medgen_image alone, which keeps the environment for
+# the next time: delete it.
 set -euo pipefail
+refuse() {
+    printf '%s\n' "$1" >&2
+    exit 2
+}
 here=$(cd "$(dirname "$0")" && pwd)
-folder=$(realpath -m "${1:-/var/tmp/medgen_image}") uid=${2:-54321}
+parent=$(realpath -m "${1:-/var/tmp}") uid=${2:-54321}
+folder=$parent/medgen_image
+marker=$folder/.made_by_try_without_engine
+[[ $uid =~ ^[1-9][0-9]*$ ]] || refuse "expected a number above 0 as UID, got '$uid'; call $0 $parent 54321"
+if getent passwd "$uid" >/dev/null; then
+    refuse "expected a UID without passwd entry, got $uid; choose another: $0 $parent UID"
+fi
+# all but the environment is deleted below: nothing may be there that this script has not made, as this user
+if mkdir -p "$parent" && mkdir "$folder" 2>/dev/null; then
+    touch "$marker"
+elif [ -L "$folder" ] || [ ! -O "$folder" ] || [ ! -O "$marker" ]; then
+    refuse "expected no $folder, or one that this script made as this user; move it away, or choose another FOLDER"
+fi
 python=$("${PYTHON:-python3.11}" -c "import os, sys; print(os.path.realpath(sys.executable))")
 
 if [ "${INSIDE:-}" != 1 ]; then
     mkdir -p "$folder"/{venv,root}
-    INSIDE=1 PYTHON=$python exec unshare --mount --propagation private "$0" "$folder" "$uid"
+    INSIDE=1 PYTHON=$python exec unshare --mount --propagation private "$0" "$parent" "$uid"
 fi
 
 # COPY . /opt/medgen: what .dockerignore lets through; nothing there is writable
@@ -66,10 +83,6 @@ in_image() { # in_image FOLDER COMMAND...
     chroot "$root" setpriv --reuid "$uid" --regid 0 --clear-groups --no-new-privs --inh-caps=-all --bounding-set=-all \
         env -i "${settings[@]}" OMP_NUM_THREADS=1 env --chdir "$1" "${@:2}"
 }
-if getent passwd "$uid" >/dev/null; then
-    echo "UID $uid has a passwd entry; choose another: $0 $folder UID" >&2
-    exit 2
-fi
 in_image / bash -c 'id -u; if touch /opt/medgen/src/written 2>/dev/null || touch /written 2>/dev/null; then exit 1; fi'
 in_image / medgen phantom chest /tmp/phantoms --patients 60 --size 256 --seed 1
 in_image / python -m preprocessing.images --source /tmp/phantoms/images --target /data/mimic_cxr --size 64

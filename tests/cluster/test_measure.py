@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cluster import measure, plan
+from medgen.engines import pggan_setting, stylegan2_setting
 from medgen.errors import UserError
 
 
@@ -61,6 +62,17 @@ def test_a_measured_stage_is_a_row_that_the_plan_reads(tmp_path):
 
 def test_the_plan_has_a_budget_for_each_stage_that_is_measured():
     assert set(measure.STAGES) == {stage for stage, *_ in plan.BUDGETS} - {"preprocessing"}
+
+
+def test_the_plan_has_the_batches_of_the_presets():
+    batches = {
+        "stylegan2_anomaly.train": stylegan2_setting("anomaly_source", "total_batch_size"),
+        "cxr_pggan.train": pggan_setting("rsna_512", "batch_sizes")[-1],
+    }
+    assert batches == plan.PRESET_BATCHES
+    for stage in batches:  # no args file says otherwise
+        text = (plan.ROOT / "cluster" / "args" / f"{stage}.json").read_text(encoding="utf-8")
+        assert not {"batch_size", "preset"} & set(json.loads(text))
 
 
 def test_an_unknown_stage_is_refused_before_anything_is_measured(tmp_path):

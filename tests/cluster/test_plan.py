@@ -102,6 +102,20 @@ def test_simulation_refuses_impossible_numbers(wrong):
         plan.simulate_waste(**settings)
 
 
+@pytest.mark.parametrize("mean", [7.03, 0.2])  # 256 GPUs with two losses an hour each; below a float's range
+def test_a_training_that_never_gets_on_is_refused_and_not_simulated(mean):
+    with pytest.raises(UserError, match="expected a training that gets on, got a loss every"):
+        plan.best_interval(8.4, 180, mean)
+
+
+def test_intervals_without_hope_are_left_out_where_others_have_some():
+    # √(2 δ M) = 45 s, four times which hardly ever pass without a loss
+    assert plan.expected_waste(4 * plan.young_interval(50, 20), 50, 20, 20) > plan.HOPELESS
+    best, waste = plan.best_interval(50, 20, 20, trials=200)
+    assert best < plan.young_interval(50, 20)
+    assert 0.5 < waste < plan.HOPELESS
+
+
 CPU = {"seconds": 2.0, "flops": 312e9, "amp": True}
 
 
@@ -145,16 +159,59 @@ SAVED = {"cxr_autoencoder_kl.train": {"cpu": {**CPU, "checkpoint_bytes": 2e9}}}
 
 class TestCheckpointTable:
     def test_iterations_are_the_interval_in_steps_of_the_whole_batch(self):
-        (row,) = plan.preemption_table(SAVED, losses=0.01, gpus=8, disk=0.5, utilisation=0.5)
+        (row,) = plan.preemption_table(SAVED, losses=0.01, gpus=4, disk=0.5, utilisation=0.05)
         assert row["save"] == 4
-        assert row["step"] == pytest.approx(96 / 8 * 0.002)
+        assert row["step"] == pytest.approx(96 / 4 * 0.02)
+        assert (row["gpus"], row["source"]) == (4, "estimate")
         assert row["iterations"] == round(row["best"] / row["step"])
-        assert row["young"] == pytest.approx(math.sqrt(2 * 4 * 3600 / 0.08))
+        assert row["young"] == pytest.approx(math.sqrt(2 * 4 * 3600 / 0.04))
 
     def test_the_best_wastes_no_more_than_the_default_of_the_config(self):
-        (row,) = plan.preemption_table(SAVED, losses=0.05)
+        (row,) = plan.preemption_table(SAVED, losses=0.05, utilisation=0.05)
         assert row["default"] == 500
         assert row["waste"] <= row["default_waste"] * 1.02
+
+    def test_gpus_are_those_of_the_overlay(self):
+        rates = dict.fromkeys(("cxr_autoencoder_kl.train", "cxr_pggan.train"), SAVED["cxr_autoencoder_kl.train"])
+        eight, one = plan.preemption_table(rates)
+        assert (eight["gpus"], one["gpus"]) == (8, 1)
+        assert one["young"] == pytest.approx(math.sqrt(8) * eight["young"])
+
+    def test_a_short_step_is_told_only_where_it_was_measured(self):
+        short = {"lung_segmentation.train": SAVED["cxr_autoencoder_kl.train"]}
+        (row,) = plan.preemption_table(short)  # 16 images of 4 ms
+        assert row["source"] == "unknown"
+        assert {row[name] for name in ("step", "iterations", "default_waste")} == {None}
+        measured = {"lung_segmentation.train": {**short["lung_segmentation.train"], "gpu": {"seconds": 0.004}}}
+        (row,) = plan.preemption_table(measured)
+        assert (row["source"], row["step"]) == ("measured", pytest.approx(0.064))
+        assert row["iterations"] == round(row["best"] / row["step"])
+
+    def test_rates_of_a_gpu_alone_suffice(self):
+        rates = {"cxr_autoencoder_kl.train": {"gpu": {**CPU, "seconds": 0.01, "checkpoint_bytes": 2e9}}}
+        (row,) = plan.preemption_table(rates)
+        assert (row["save"], row["step"]) == (4, pytest.approx(96 / 8 * 0.01))
+        assert plan.cost_table(rates)[0]["gflops"] == pytest.approx(312)
+
+    def test_a_table_without_rows_is_told_in_one_line(self):
+        with pytest.raises(UserError, match=r"got none; run: python cluster/measure\.py all"):
+            plan.as_markdown(plan.preemption_table({"preprocessing.mimic_cxr": {"cpu": {"seconds": 0.1}}}))
+
+    @pytest.mark.parametrize("wrong", [{"losses": 0}, {"disk": -1.0}, {"gpus": -1}])
+    def test_refuses_impossible_numbers(self, wrong):
+        with pytest.raises(UserError, match="must be"):
+            plan.preemption_table({}, **wrong)
+
+
+class TestTrainings:
+    def test_saves_are_as_far_apart_as_the_interval_or_the_validations(self):
+        assert plan.default_interval("cxr_autoencoder_kl.train") == 500  # of the config
+        assert plan.default_interval("stylegan2_anomaly.train") == 2000  # of the args file; a tick is 125 steps
+        assert plan.default_interval("lung_segmentation.train") == 2 * 704 // 16  # validated each second epoch
+
+    def test_steps_have_the_images_of_the_args_files(self):
+        assert plan.total_batch("cxr_latent_diffusion.train") == 256
+        assert plan.total_batch("lung_segmentation.train") == 16
 
 
 class TestRates:
