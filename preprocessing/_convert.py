@@ -46,7 +46,7 @@ from medgen.data.datalist import distinct_names, file_stem, printable, write_dat
 from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.data.shard import parse_shard, shard_of
 from medgen.errors import UserError
-from medgen.output import atomic_write_text
+from medgen.output import atomic_write_text, write_first
 from medgen.preemption import AGAIN
 
 __all__ = [
@@ -500,7 +500,7 @@ def prepare_target(
                     f"--target must be empty or begun by this command, got {target} with {' and '.join(foreign)} "
                     "of another origin; choose another folder"
                 )
-            _write_first(journal, json.dumps(head) + "\n")
+            write_first(journal, json.dumps(head) + "\n")
         with open(journal, encoding="utf-8") as file:
             before = _parsed(file.readline()) or {}
     except OSError as error:
@@ -513,21 +513,6 @@ def prepare_target(
         raise UserError(f"{target} was made with other settings: {told}; choose another --target or delete it")
     for made in (target / PARTS, target / folder):
         made.mkdir(exist_ok=True)
-
-
-def _write_first(path: Path, text: str) -> None:
-    """Write a file whole unless another process was first, whose file then counts; on network disks, too."""
-    ready = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        ready.write_text(text, encoding="utf-8")
-        try:
-            os.link(ready, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a disk that knows no links: of several at once the last one counts
-            os.replace(ready, path)
-    finally:
-        ready.unlink(missing_ok=True)
 
 
 def _told(value: Any) -> str:

@@ -25,6 +25,7 @@ from medgen.output import (
     plain_json,
     prepare_output_dir,
     run_name,
+    write_first,
 )
 
 
@@ -118,6 +119,8 @@ def test_git_revision_names_the_commit_says_when_there_are_changes_and_leaves_ot
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
     assert git_revision() == ""  # this file is not part of that repository
+    monkeypatch.setenv("MEDGEN_REVISION", "of the image")  # outside a checkout of its own alone
+    assert git_revision() == "of the image"
     subprocess.run([*git, "add", "output.py"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
     assert re.fullmatch(r"[0-9a-f]{40}", git_revision())
@@ -164,3 +167,15 @@ def test_output_below_the_input_is_refused(tmp_path, monkeypatch):
             check_apart("in", output_dir)
     for input_dir, output_dir in ((None, "in"), ("in", "inner"), ("in", "."), ("in", "out")):
         check_apart(input_dir, output_dir)
+
+
+def test_file_that_was_first_stays(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "record.json"
+    write_first(path, "a")
+    write_first(path, "b")
+    assert path.read_text() == "a"
+    monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+    write_first(path, "c")
+    write_first(path.with_name("other"), "d")
+    assert (path.read_text(), path.with_name("other").read_text()) == ("a", "d")
+    assert len(list(path.parent.iterdir())) == 2

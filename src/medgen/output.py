@@ -28,6 +28,7 @@ __all__ = [
     "prepare_output_dir",
     "run_name",
     "unique_name",
+    "write_first",
 ]
 
 
@@ -66,6 +67,35 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic_file(path, "w") as file:
         file.write(text)
+
+
+def write_first(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole unless it is there, even when other processes do so at this moment.
+
+    The file that was first stays; who writes has to read it again and see whether it is as wished. A disk that knows no
+    links keeps the last of several that are written at once.
+
+    Args:
+        path: the file; its folder is made.
+        text: in UTF-8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ready = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        ready.write_text(text, encoding="utf-8")
+        try:
+            os.link(ready, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            if not path.exists():
+                os.replace(ready, path)
+    finally:
+        ready.unlink(missing_ok=True)
 
 
 def plain_json(value: Any) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from medgen.data import group_batches, parse_shard, pending_groups, shard_line, shard_of
-from medgen.data.shard import write_first
 from medgen.errors import UserError
 
 
@@ -88,15 +87,3 @@ def test_sharded_stages_of_a_cluster_go_on_with_what_shards_have_done():
                 stages[path.stem] = arguments.get("resume")
     assert "stylegan2_anomaly.score" in stages
     assert set(stages.values()) == {True}, stages
-
-
-def test_file_that_was_first_stays(tmp_path, monkeypatch):
-    path = tmp_path / "folder" / "record.json"
-    write_first(path, "a")
-    write_first(path, "b")
-    assert path.read_text() == "a"
-    monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
-    write_first(path, "c")
-    write_first(path.with_name("other"), "d")
-    assert (path.read_text(), path.with_name("other").read_text()) == ("a", "d")
-    assert len(list(path.parent.iterdir())) == 2

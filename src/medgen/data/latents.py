@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from medgen.data.datalist import load_classes, load_datalist, validate_datalist
 from medgen.data.image_set import file_sha256
-from medgen.data.shard import parse_shard, shard_line, shard_of, warn_of_missing, write_first
+from medgen.data.shard import parse_shard, shard_line, shard_of, warn_of_missing
 from medgen.errors import UserError
-from medgen.output import atomic_file, atomic_write_text
+from medgen.output import atomic_file, atomic_write_text, write_first
 
 if TYPE_CHECKING:
     import torch

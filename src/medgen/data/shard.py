@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import secrets
 from collections.abc import Sequence, Sized
-from pathlib import Path
 from typing import Any, TypeVar
 
 from medgen.errors import UserError
 
-__all__ = ["parse_shard", "shard_line", "shard_of", "warn_of_missing", "write_first"]
+__all__ = ["parse_shard", "shard_line", "shard_of", "warn_of_missing"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,32 +103,3 @@ def warn_of_missing(missing: int, count: int, shard: Any = None) -> None:
             f"{missing:,} of {count:,} items are missing; this process does them now (if it merges shards: are all of "
             "them done?)"
         )
-
-
-def write_first(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole unless it is there, even when other processes do so at this moment.
-
-    The file that was first stays; who writes has to read it again and see whether it is as wished. A disk that knows no
-    links keeps the last of several that are written at once.
-
-    Args:
-        path: the file; its folder is made.
-        text: in UTF-8.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ready = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        ready.write_text(text, encoding="utf-8")
-        try:
-            os.link(ready, path)
-        except FileExistsError:
-            pass
-        except OSError:
-            if not path.exists():
-                os.replace(ready, path)
-    finally:
-        ready.unlink(missing_ok=True)

@@ -17,9 +17,9 @@ from medgen import lineage
 from medgen.data.datalist import write_datalist
 from medgen.data.pending import pending_groups
 from medgen.data.reader import read_frames
-from medgen.data.shard import parse_shard, shard_line, shard_of, write_first
+from medgen.data.shard import parse_shard, shard_line, shard_of
 from medgen.errors import UserError
-from medgen.output import atomic_write_text
+from medgen.output import atomic_write_text, write_first
 
 __all__ = ["SyntheticSet", "begin_generation", "check_format", "provenance_line", "weights_sha256"]
 
