@@ -23,8 +23,9 @@ from torch import nn
 
 from medgen.data import ResumableDataLoader, ShieldedDataLoader
 from medgen.engines import GenerativeTrainer
+from medgen.errors import UserError
 from medgen.handlers import TrainingCheckpoint, ValidationAtIntervals, checkpoint
-from medgen.preemption import AGAIN, Preempted
+from medgen.preemption import AGAIN, Preempted, Termination
 
 FORK = multiprocessing.get_context("fork")  # the children need no import of MONAI
 IMAGES, EPOCHS = 8, 3
@@ -136,8 +137,11 @@ def test_sigterm_at_any_moment_ends_with_a_checkpoint_from_which_nothing_differs
         assert end.value.code == AGAIN == 75
         (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
         seen = trainer.images_seen
-        assert line == (f"stopped by SIGTERM after a checkpoint at {seen} images; the same command goes on from there")
-        if seen:
+        if not seen:
+            assert line == "stopped by SIGTERM before the first step; nothing had to be saved"
+        else:
+            at = f"after a checkpoint at {seen} images"
+            assert line == f"stopped by SIGTERM {at}; the same command goes on from there"
             assert torch.load(folder / "last.pt", weights_only=True)["images_seen"] == seen
         resumed, _ = make(folder)
         resumed.run()
@@ -174,9 +178,10 @@ def test_signal_in_the_middle_of_a_save_and_a_second_one_change_nothing(tmp_path
     undisturbed.run()
     rename = os.replace
 
-    def told_while_saving(*paths: Any) -> None:
-        terminate()
-        rename(*paths)
+    def told_while_saving(source: Path, target: Path) -> None:
+        if target.suffix == ".pt":
+            terminate()
+        rename(source, target)
 
     monkeypatch.setattr(checkpoint.os, "replace", told_while_saving)
     trainer, _ = make(tmp_path / "told")
@@ -209,6 +214,33 @@ def test_handler_of_before_is_back_after_every_other_end(tmp_path):
         assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_training_after_one_that_was_told_puts_the_first_handler_back():
+    before = signal.getsignal(signal.SIGTERM)
+    told = Termination()
+    for training in (told, told):
+        with pytest.raises(Preempted), training:
+            raise Preempted
+        assert signal.getsignal(signal.SIGTERM) == told._note
+    with Termination():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_processes_that_cannot_meet_are_told_what_to_set_and_keep_their_handler(monkeypatch):
+    def fail(**_: Any) -> None:
+        raise RuntimeError("Connect timeout [127.0.1.1]:4321\nException raised from ...")
+
+    for name, value in {"is_initialized": lambda: True, "get_world_size": lambda: 2, "new_group": fail}.items():
+        monkeypatch.setattr(torch.distributed, name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(UserError, match=r"over gloo \(Connect timeout .*:4321\); set GLOO_SOCKET_IFNAME"),
+        Termination(),
+    ):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # several processes
 
@@ -224,6 +256,8 @@ def _train_in_a_group(rank: int, world_size: int, folder: Path, told: int, place
             trainer.add_event_handler(Events.ITERATION_STARTED(once=6), terminate)
         elif place == "validation":
             validator.add_event_handler(Events.ITERATION_STARTED(once=1), terminate)
+        elif place == "loss in a step":
+            trainer.add_event_handler(Events.ITERATION_STARTED(once=6), lambda: os.kill(os.getpid(), signal.SIGKILL))
         elif place == "loss":  # of the process
             validator.add_event_handler(Events.ITERATION_STARTED(once=1), lambda: os.kill(os.getpid(), signal.SIGKILL))
     code = 0
@@ -269,10 +303,23 @@ def test_processes_of_which_one_was_told_leave_after_the_same_step(tmp_path):
 
 def test_validation_that_lost_a_process_loses_no_training(tmp_path):
     assert train_in_a_group(tmp_path / "undisturbed") == [0, 0]
-    assert train_in_a_group(tmp_path / "lost", 1, "loss") == [AGAIN, -signal.SIGKILL]
-    assert torch.load(tmp_path / "lost/last.pt", weights_only=True)["images_seen"] == 8
-    assert train_in_a_group(tmp_path / "lost") == [0, 0]
-    assert_same(tmp_path / "undisturbed", tmp_path / "lost")
+    for lost in (0, 1):  # rank 0 saves
+        folder = tmp_path / f"lost{lost}"
+        codes = [AGAIN, AGAIN]
+        codes[lost] = -signal.SIGKILL
+        assert train_in_a_group(folder, lost, "loss") == codes
+        assert torch.load(folder / "last.pt", weights_only=True)["images_seen"] == 8
+        assert train_in_a_group(folder) == [0, 0]
+        assert_same(tmp_path / "undisturbed", folder)
+
+
+def test_over_nccl_a_lost_process_ends_the_others_without_a_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(Regression, "update", lambda *_: None)  # the sum of gradients, which NCCL waits for unseen
+    for backend, images in (("gloo", 12), ("nccl", 8)):
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda _group=None, name=backend: name)
+        assert train_in_a_group(tmp_path / backend, 1, "loss in a step") == [AGAIN, -signal.SIGKILL]
+        state = torch.load(tmp_path / backend / "last.pt", weights_only=True)
+        assert (state["images_seen"], state["epoch_end_due"]) == (images, False)
 
 
 def test_another_number_of_processes_sees_the_same_images_in_the_same_order(tmp_path, monkeypatch):
@@ -307,6 +354,24 @@ class Slow(torch.utils.data.Dataset):
     def __getitem__(self, place: int) -> int:
         time.sleep(0.01)
         return place
+
+
+class Hanging(Slow):
+    def __getitem__(self, place: int) -> int:
+        time.sleep(600)
+        return place
+
+
+def _leave_a_worker_that_hangs() -> None:
+    Hanging.batches = iter(ShieldedDataLoader(Hanging(), batch_size=4, num_workers=1))  # not ended by its end
+
+
+def test_worker_that_hangs_does_not_keep_its_process_from_ending():
+    process = FORK.Process(target=_leave_a_worker_that_hangs)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def test_workers_survive_a_signal_to_all_processes_and_end_with_their_loader():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -11,6 +12,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 __all__ = ["AGAIN", "Preempted", "Termination", "shielded_workers"]
+
+logger = logging.getLogger(__name__)
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
 
@@ -33,7 +36,11 @@ class Termination:
     collective over gloo on the CPU, whatever the backend of the training.
 
     After :class:`Preempted` the signal stays without effect, for a launcher sends another one to processes that are
-    just ending; after every other end the handler is the one of before.
+    just ending: a notebook that lives on gets its own handler back with the end of its next training. After every other
+    end the handler is the one of before.
+
+    Raises:
+        UserError: the processes cannot reach each other over gloo.
     """
 
     def __init__(self) -> None:
@@ -49,10 +56,22 @@ class Termination:
 
         self.requested = self.is_agreed = False
         self._process = os.getpid()
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            try:
+                self._group = dist.new_group(backend="gloo")
+            except RuntimeError as error:
+                from medgen.errors import UserError  # which imports this module
+
+                what = str(error).partition("\n")[0]
+                raise UserError(
+                    f"the processes cannot reach each other over gloo ({what}); set GLOO_SOCKET_IFNAME to "
+                    "the network interface that the nodes share, as NCCL_SOCKET_IFNAME"
+                ) from error
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, self._note)
+            ended = getattr(before, "__self__", None)
+            # a training of this process that was told to end has left its own
+            self._before = ended._before if isinstance(ended, Termination) else before
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -63,7 +82,7 @@ class Termination:
             self._group = None
         if self._before is not None and not isinstance(error, Preempted):
             signal.signal(signal.SIGTERM, self._before)
-        self._before = None
+            self._before = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process:
@@ -75,7 +94,9 @@ class Termination:
     def agreed(self) -> bool:
         """Whether any process has been told to end: all must ask at the same place, and all get the same answer.
 
-        Where a process has gone without a word (its node is lost), the others take it for yes.
+        Where a process has gone without a word (its node is lost), the others take it for yes. Where they train over
+        NCCL, they end then and there, with :data:`AGAIN` and without a checkpoint: a sum of gradients over NCCL that
+        waits for the lost process holds up the GPU, and whoever reads a weight from it, for good.
         """
         told = self.requested  # read once: the signal may come between
         if self._group is not None and not self.is_agreed:
@@ -87,6 +108,9 @@ class Termination:
                 dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
                 told = bool(flag)
             except RuntimeError:  # the connection to it is closed
+                if "nccl" in dist.get_backend():
+                    logger.warning("stopped by the end of another process; the checkpoint before stays the newest")
+                    os._exit(AGAIN)
                 if not told:
                     self.cause = "the end of another process"
                 told = True
@@ -110,7 +134,7 @@ def shielded_workers() -> Iterator[None]:
 
     SLURM sends the signal to all processes of a step. A worker that died of it would take its training down with a
     RuntimeError in the middle of a step. What the parent blocks, its forks block for good; they end with the parent,
-    which they look for every few seconds, and when it says so.
+    which they look for every few seconds, and when it says so (:class:`medgen.data.ShieldedDataLoader`).
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from medgen.handlers.checkpoint import check_whole_file
 from medgen.preemption import Termination
+from medgen.weights import check_whole_file
 
 STEPS, ROUNDS, LOOKS = 50, 3, 500
 

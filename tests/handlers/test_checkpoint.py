@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import pickle
+import time
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from torch import nn
 
 from medgen.data.stream import ResumableDataLoader
 from medgen.engines import GenerativeTrainer
+from medgen.engines.trainer import TrainingEvents
 from medgen.errors import UserError
-from medgen.handlers import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
+from medgen.handlers import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save, checkpoint
 
 
 class Regression(GenerativeTrainer):
@@ -39,10 +43,8 @@ class Regression(GenerativeTrainer):
 def trainer(folder, interval=2, resume=False, max_epochs=3, handlers=(), batch_size=1, **kwargs):
     torch.manual_seed(0)
     loader = ResumableDataLoader(Dataset([{"image": torch.ones(1) * i} for i in range(5)]), batch_size, seed=1)
-    checkpoint = TrainingCheckpoint(folder, interval, resume, **kwargs)
-    return Regression(
-        device="cpu", max_epochs=max_epochs, train_data_loader=loader, train_handlers=[checkpoint, *handlers]
-    )
+    saver = TrainingCheckpoint(folder, interval, resume, **kwargs)
+    return Regression(device="cpu", max_epochs=max_epochs, train_data_loader=loader, train_handlers=[saver, *handlers])
 
 
 class KilledError(Exception):
@@ -83,6 +85,92 @@ def test_unreadable_newest_checkpoint_falls_back_to_the_one_before_and_says_so(t
     resumed.run()
     assert "last.pt cannot be read" in caplog.text
     assert torch.equal(undisturbed.network.weight, resumed.network.weight)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()])
+def test_volume_that_fails_says_nothing_about_its_files(error, tmp_path, monkeypatch):
+    def fail(path):
+        raise error
+
+    trainer(tmp_path).run()
+    saver = BestModelSaver(nn.Linear(1, 1), tmp_path / "last.pt")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(checkpoint, "check_whole_file", fail)
+    with pytest.raises(type(error)) as caught:
+        trainer(tmp_path, resume=True).run()
+    assert "last.pt could not be read, and is left as it is; try the same command again" in caught.value.__notes__[0]
+    with pytest.raises(type(error)):
+        saver.load_state_dict({"best": 0.1})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("interval", "validated", "expected"),
+    [
+        (4, 0, [4, 8, 12, 15]),
+        (7, 0, [7, 14, 15]),
+        (5, 0, [5, 10, 15]),
+        (100, 0, [15]),
+        (0, 0, [5, 10, 15]),
+        (4, 2, [4, 8, 10, 10, 14, 15]),
+        (100, 2, [10, 10, 15]),
+    ],
+)
+def test_saves_at_most_so_many_iterations_apart_and_around_a_validation(interval, validated, expected, tmp_path):
+    class Validation:
+        def attach(self, engine):
+            event = Events.EPOCH_COMPLETED(event_filter=lambda _, epoch: epoch == validated)
+            engine.add_event_handler(event, lambda: engine.fire_event(TrainingEvents.VALIDATION_DUE))
+
+    class Journal:
+        def attach(self, engine):
+            saved, save = [], engine.training_state
+            engine.training_state = lambda: saved.append(engine.state.iteration) or save()
+            self.saved = saved
+
+    journal = Journal()
+    trainer(tmp_path, interval, handlers=[Validation(), journal]).run()
+    assert journal.saved == expected
+
+
+def test_checkpoint_holds_no_more_images_than_pictures_show(tmp_path):
+    engine = trainer(tmp_path)
+    engine.state.output, engine.epoch_end_due = [{"image": torch.arange(20)}], True
+    assert engine.training_state()["images"].tolist() == list(range(8))
+    engine.epoch_end_due = False
+    assert engine.training_state()["images"] is None
+
+
+def test_of_two_trainings_in_a_folder_the_one_that_began_last_goes_on(tmp_path):
+    class OtherBegins:
+        def attach(self, engine):
+            engine.add_event_handler(Events.ITERATION_STARTED(once=8), self)
+
+        def __call__(self):
+            trainer(tmp_path, resume=True, max_epochs=4).run()
+
+    first = trainer(tmp_path, resume=True, handlers=[OtherBegins()])
+    with pytest.raises(UserError, match=r"another training has begun in .* end one of them, or give one another --out"):
+        first.run()
+    assert first.images_seen == 8
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["images_seen"] == 20
+
+
+def test_start_removes_what_a_kill_has_left_but_not_what_another_writes(tmp_path):
+    for name, age in (("left", 7200), ("growing", 60)):
+        (tmp_path / f".{name}.part").write_bytes(b"0")
+        os.utime(tmp_path / f".{name}.part", (time.time() - age,) * 2)
+    trainer(tmp_path).run()
+    assert [path.name for path in tmp_path.glob("*.part")] == [".growing.part"]
+
+
+def test_new_training_does_not_begin_among_the_checkpoints_of_another(tmp_path):
+    first = trainer(tmp_path)
+    first.run()
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="holds the checkpoints of an earlier training; continue it with --resume true"):
+        trainer(tmp_path).run()
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_no_readable_checkpoint_at_all_is_an_error_not_a_silent_start_from_zero(tmp_path):

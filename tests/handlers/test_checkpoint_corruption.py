@@ -197,7 +197,7 @@ def test_kill_between_the_renames_of_a_save_loses_nothing(renames, tmp_path, mon
     resumed.add_event_handler(Events.ITERATION_STARTED, lambda: positions.append(resumed.images_seen))
     resumed.run()
     assert positions[0] == 5  # the first image after those of the newest state
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["last.pt", "previous.pt"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".training", "last.pt", "previous.pt"]
     undisturbed = trainer(tmp_path / "b")
     undisturbed.run()
     assert same(*(torch.load(tmp_path / name / "last.pt", weights_only=True) for name in "ab"))

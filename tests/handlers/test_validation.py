@@ -6,6 +6,7 @@ import pytest
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
+from medgen.engines.trainer import TrainingEvents
 from medgen.handlers import ValidationAtIntervals
 from medgen.preemption import Termination
 
@@ -26,6 +27,9 @@ def test_every_interval_and_after_the_last_epoch(interval, epochs, expected):
     validator, trainer = Recorder(), Engine(lambda *_: None)
     ValidationAtIntervals(interval, validator).attach(trainer)
     trainer.termination = Termination()
+    trainer.register_events(*TrainingEvents)
+    trainer.add_event_handler(TrainingEvents.VALIDATION_DUE, lambda: due.append(trainer.state.epoch))
+    due = []
     assert not trainer.has_event_handler(validator, Events.COMPLETED)
     trainer.run([0], max_epochs=epochs)
-    assert validator.epochs == expected
+    assert validator.epochs == due == expected

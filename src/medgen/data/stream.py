@@ -58,13 +58,18 @@ class _AtPosition(Dataset):
 class ShieldedDataLoader(data.DataLoader):
     """MONAI's data loader with workers that SIGTERM does not end (:func:`medgen.preemption.shielded_workers`).
 
-    All loaders of a training, its validation's too, are of this kind: their process ends when its step is done.
+    All loaders of a training, its validation's too, are of this kind: their process ends when its step is done. A
+    worker that hangs in a read is killed, 5 seconds after it was told to end or when the process ends.
     """
 
     def __iter__(self) -> Iterator[Any]:
         """Start the workers."""
         with shielded_workers():
-            return super().__iter__()
+            batches = super().__iter__()
+        for worker in getattr(batches, "_workers", ()):
+            # torch and, as the process ends, multiprocessing mean SIGTERM by it, and the latter then waits without end
+            worker._popen.terminate = worker._popen.kill
+        return batches
 
 
 class ResumableDataLoader(ShieldedDataLoader):

@@ -27,7 +27,7 @@ from medgen.weights import check_same_shapes
 __all__ = ["GenerativeTrainer", "TrainingEvents", "autocast", "unwrap"]
 
 
-KEPT_IMAGES = 32  # of the last step, in a checkpoint
+KEPT_IMAGES = 8  # of the last step, in a checkpoint: as many as its pictures show
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -38,6 +38,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 class TrainingEvents(EventEnum):
     """Events of a :class:`GenerativeTrainer` beside ignite's."""
 
+    VALIDATION_DUE = "validation_due"  # it comes next, and may take as long as the epoch
     PREEMPTED = "preempted"  # the processes leave after it: what is to stay must be saved
 
 

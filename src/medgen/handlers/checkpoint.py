@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
 import re
-import zipfile
+import secrets
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,43 +24,29 @@ from medgen.data.image_set import file_sha256
 from medgen.engines.trainer import GenerativeTrainer, TrainingEvents, unwrap
 from medgen.errors import UserError
 from medgen.handlers.companions import ModelCompanions
-from medgen.output import atomic_write_text
-from medgen.weights import load_weights
+from medgen.output import atomic_file, atomic_write_text
+from medgen.weights import check_whole_file, load_weights
 
-__all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save", "check_whole_file"]
+__all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save"]
 
 logger = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 3600  # a file that is being written changes all the time
 
 
 def atomic_save(obj: Any, path: str | Path) -> None:
     """``torch.save`` to a temporary file, flushed to disk, then renamed: a reader sees the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        torch.save(obj, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def check_whole_file(path: str | Path) -> None:
-    """See by its checksums that a file of ``torch.save`` holds what was written: ``torch.load`` itself compares none.
-
-    It reads 1 to 2 GB a second on one core (``tests/benchmarks/bench_preemption.py``).
-
-    Raises:
-        zipfile.BadZipFile: it does not; what else is raised by a broken file depends on where it is broken.
-    """
-    with zipfile.ZipFile(path) as file:
-        broken = file.testzip()
-        # torch sets no attributes; to its reader an entry with that of a folder is empty, and the tensor not read
-        odd = [entry.filename for entry in file.infolist() if entry.external_attr]
-    if broken is not None or odd:
-        raise zipfile.BadZipFile(f"{broken or odd[0]} is not what was written")
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether a file could not be read, which says nothing about what it holds."""
+    # EINVAL: broken bytes name a place before the beginning
+    is_of_volume = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+    return is_of_volume or isinstance(error, MemoryError)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -87,16 +75,21 @@ class TrainingCheckpoint:
     The newest state is ``folder/last.pt``, the one before it ``folder/previous.pt``: should the newest be unreadable
     (a disk that filled up, a copy that broke off, a bit that flipped), the older one is taken, and a warning says so;
     the broken file is kept as ``last.corrupt.pt``, so that the next save does not put it in the place of the good one.
-    A ``newest.pt``, which a kill in the middle of a save leaves, counts as the newest.
+    A ``newest.pt``, which a kill in the middle of a save leaves, counts as the newest. A volume that fails to be read
+    says nothing about a file: that ends the training, and the same command tries again.
 
-    When the processes are told to end (:class:`~medgen.engines.trainer.TrainingEvents`), the state is saved once more,
-    with the word that the end of an epoch, and so a validation, is still to come, where it is.
+    Saved is every ``interval`` iterations; before and after each validation, after the last epoch, and when the
+    processes are told to end (:class:`~medgen.engines.trainer.TrainingEvents`). Where the end of an epoch, and so a
+    validation, is still to come, the state says so, and holds up to eight images of the last step, for the pictures
+    that are drawn then: training images, and so to be guarded like the data.
+
+    Of several trainings in one folder the one that began last goes on; the others end when they would save.
 
     Attach it first, so that the other handlers see the resumed state.
 
     Args:
         folder: where checkpoints lie.
-        interval: iterations between checkpoints; the end of every epoch is one as well. 0 saves at epoch ends alone.
+        interval: iterations between checkpoints, at most. 0 saves at the end of every epoch.
         resume: continue from ``folder`` if it holds a checkpoint.
         fingerprint: plain values that must agree between the checkpoint and the resumed training, such as the hash of
             the datalist.
@@ -124,17 +117,26 @@ class TrainingCheckpoint:
             resume_from = resume_from()
         self.resume_from = None if resume_from is None else Path(resume_from)
         self._saved = 0  # images seen at the newest checkpoint of this training
+        self._iteration = 0  # and the iteration
+        self._has_validated = False  # at the end of this epoch
+        self._token: str | None = None  # of this training, in `owner` while no other one has begun
 
     @property
     def paths(self) -> tuple[Path, Path, Path]:
         """What a kill between the two renames of a save leaves, the newest checkpoint, and the one before it."""
         return self.folder / "newest.pt", self.folder / "last.pt", self.folder / "previous.pt"
 
+    @property
+    def owner(self) -> Path:
+        """File that tells which training began last in the folder."""
+        return self.folder / ".training"
+
     def attach(self, engine: GenerativeTrainer) -> None:
         """Register on a trainer."""
         engine.add_event_handler(Events.STARTED, self.start)
         if self.interval > 0:
-            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save_within_epoch)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.save_within_epoch)
+        engine.add_event_handler(TrainingEvents.VALIDATION_DUE, self.save_before_validation)
         # at STARTED, so that the end of an epoch is saved after all that other handlers do there
         engine.add_event_handler(
             Events.STARTED, lambda: engine.add_event_handler(Events.EPOCH_COMPLETED, self.end_epoch)
@@ -142,13 +144,20 @@ class TrainingCheckpoint:
         engine.add_event_handler(TrainingEvents.PREEMPTED, self.save_before_leaving)
 
     def start(self, engine: GenerativeTrainer) -> None:
-        """Load the newest readable checkpoint if asked to, or that of another training."""
-        if idist.get_rank() == 0:
-            for stale in self.folder.glob(".newest.pt.*"):  # what a kill in the middle of a save left
-                stale.unlink(missing_ok=True)
+        """Load the newest readable checkpoint if asked to, or that of another training.
+
+        Raises:
+            UserError: there are checkpoints and this training is not to go on from them, none can be read, or they
+                belong to other settings.
+        """
         self._saved, source, state = 0, None, None
         if self.resume:
             source, state = self.load()
+        elif self._token is None and any(path.is_file() for path in self.paths):
+            raise UserError(
+                f"{self.folder} holds the checkpoints of an earlier training; continue it with --resume true, or "
+                "choose another --output_dir"
+            )
         if state is not None:
             advice = "resume with what it was made with, or train anew into another --output_dir"
             self._restore(engine, state, self.folder, advice)
@@ -169,8 +178,15 @@ class TrainingCheckpoint:
                 f"the processes found different checkpoints (images seen: {positions}); --output_dir must be one "
                 "folder that all of them see"
             )
-        if source is not None and idist.get_rank() == 0:  # which all have read by now
-            self._tidy(source)
+        self._iteration, self._has_validated = engine.state.iteration, False
+        self._token = secrets.token_hex(16)
+        if idist.get_rank() == 0:
+            atomic_write_text(self.owner, self._token + "\n")
+            for part in self.folder.glob(".*.part"):  # what a kill in the middle of a save left
+                if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+                    part.unlink(missing_ok=True)
+            if source is not None:  # which all have read by now
+                self._tidy(source)
 
     def _tidy(self, source: Path) -> None:
         """Bring the files into the order that the next save expects, given the one that the training goes on from."""
@@ -209,6 +225,7 @@ class TrainingCheckpoint:
 
         Raises:
             UserError: there are checkpoints, and none can be read.
+            OSError: the volume, not the file, is at fault.
         """
         problem = next((f"{path} cannot be read" for path in self.folder.glob("*.corrupt.pt")), None)
         for path in self.paths:
@@ -218,6 +235,9 @@ class TrainingCheckpoint:
                 return path, _read_state(path)
             # a broken or foreign file raises whatever its bytes lead to
             except Exception as error:
+                if _is_of_the_machine(error):
+                    error.add_note(f"{path} could not be read, and is left as it is; try the same command again")
+                    raise
                 problem = f"{path} cannot be read ({type(error).__name__})"
                 logger.warning(f"{problem}; trying the one before it")
         if problem:
@@ -225,20 +245,34 @@ class TrainingCheckpoint:
         return None, None
 
     def save_within_epoch(self, engine: GenerativeTrainer) -> None:
-        """Save, but not at an epoch's last iteration: what happens at its end (validation) belongs before that save."""
-        if not engine.at_epoch_end:
+        """Save if it is time, but not at an epoch's last step: what happens at its end belongs before that save."""
+        if self._is_time(engine) and not engine.at_epoch_end:
+            self.save(engine)
+
+    def _is_time(self, engine: GenerativeTrainer) -> bool:
+        return engine.state.iteration - self._iteration >= self.interval
+
+    def save_before_validation(self, engine: GenerativeTrainer) -> None:
+        """Save, unless no step was made since the last time."""
+        self._has_validated = True
+        if engine.images_seen != self._saved:
             self.save(engine)
 
     def end_epoch(self, engine: GenerativeTrainer) -> None:
-        """Save once all is done that other handlers do at the end of an epoch."""
+        """Save once all is done that other handlers do at the end of an epoch, if it has validated or it is time."""
         engine.epoch_end_due = False
-        self.save(engine)
+        is_last = engine.state.epoch >= engine.state.max_epochs
+        if self._has_validated or is_last or self._is_time(engine):
+            self.save(engine)
+        self._has_validated = False
 
     def save_before_leaving(self, engine: GenerativeTrainer) -> None:
         """Save, unless no step was made since the last time, and say how the training goes on."""
         if engine.images_seen != self._saved:
             self.save(engine)
-        if idist.get_rank() == 0:
+        if idist.get_rank() == 0 and not engine.images_seen:
+            logger.warning(f"stopped by {engine.termination.cause} before the first step; nothing had to be saved")
+        elif idist.get_rank() == 0:
             again = "the same command" if self.resume else "the same command with --resume true"
             logger.warning(
                 f"stopped by {engine.termination.cause} after a checkpoint at {engine.images_seen} images; {again} "
@@ -249,19 +283,33 @@ class TrainingCheckpoint:
         """Write ``last.pt``; the former one becomes ``previous.pt``.
 
         Raises:
-            UserError: a loss or a weight is not a number; the checkpoint before stays as it is.
+            UserError: a loss or a weight is not a number, or another training has begun in the folder; the checkpoint
+                before stays as it is.
         """
         engine.check_finite()
         engine.check_finite_weights()
-        self._saved = engine.images_seen
+        self._saved, self._iteration = engine.images_seen, engine.state.iteration
         if idist.get_rank() > 0:
             return
+        self._check_owner()
         last = self.folder / "last.pt"
         newest = self.folder / "newest.pt"
         atomic_save({**engine.training_state(), "fingerprint": self.fingerprint}, newest)
         if last.is_file():
             os.replace(last, self.folder / "previous.pt")
         os.replace(newest, last)
+
+    def _check_owner(self) -> None:
+        try:
+            owner = self.owner.read_text().strip()
+        except OSError:  # tidied away by a person, or the volume fails, and the save says so
+            return
+        if self._token is None or owner == self._token:
+            return
+        raise UserError(
+            f"another training has begun in {self.folder} since this one did, which therefore saves nothing more; end "
+            "one of them, or give one another --output_dir"
+        )
 
 
 class BestModelSaver:
@@ -356,6 +404,8 @@ class BestModelSaver:
                 check_whole_file(self.path)
             # a broken file raises whatever its bytes lead to
             except Exception as error:
+                if _is_of_the_machine(error):
+                    raise
                 logger.warning(
                     f"{self.path} cannot be read ({type(error).__name__}): the next validation writes a model anew"
                 )

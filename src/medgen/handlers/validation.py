@@ -6,7 +6,7 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.handlers import ValidationHandler
 
-from medgen.engines.trainer import GenerativeTrainer
+from medgen.engines.trainer import GenerativeTrainer, TrainingEvents
 
 __all__ = ["ValidationAtIntervals"]
 
@@ -17,10 +17,12 @@ class ValidationAtIntervals(ValidationHandler):
     MONAI's own handler leaves out the last epochs where their number is no multiple of the interval, and validates
     never, and so saves no model, in a training shorter than one interval.
 
-    A process that is told to end (:mod:`medgen.preemption`) in the middle of a validation breaks it off: weights do not
-    change in it, so that nothing is lost but its own time, and it is made anew after the training was resumed. Shards
-    differ in length, so that processes cannot ask each other after each batch. Each asks once: when it is told to end,
-    or after its last batch, before the metrics of all are put together.
+    The epoch's last step is saved before (:attr:`~medgen.engines.trainer.TrainingEvents.VALIDATION_DUE`), so that a
+    process that is killed in the middle of a validation loses nothing but its own time, and it is made anew after the
+    training was resumed. One that is told to end (:mod:`medgen.preemption`) breaks it off. Shards differ in length, so
+    that processes cannot ask each other after each batch. Each asks once: when it is told to end, or after its last
+    batch, before the metrics of all are put together. Where a cluster takes one of several nodes it may so wait for the
+    others until it is killed; they then end as well.
 
     Args:
         interval: epochs between validations.
@@ -45,6 +47,7 @@ class ValidationAtIntervals(ValidationHandler):
         Raises:
             Preempted: the processes were told to end.
         """
+        engine.fire_event(TrainingEvents.VALIDATION_DUE)
         super().__call__(engine)
         if engine.termination.is_agreed:
             engine.leave()
