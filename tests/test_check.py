@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -79,9 +80,6 @@ def test_a_training_that_would_begin_is_told_in_one_line_and_nothing_is_written(
     args_file = at()
     monkeypatch.setenv("PET_NNODES", "1:2")
     monkeypatch.setenv("PET_NPROC_PER_NODE", "1")
-    checkpoints = tmp_path / "outputs" / "train" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "last.pt").write_bytes(b"of an earlier training")
     before, hook = files(tmp_path), sys.excepthook
 
     result = CliRunner().invoke(cli.app, ["check", str(args_file), "--max_epochs", "3"])
@@ -124,6 +122,24 @@ def test_mistakes_end_with_78_and_one_line(settings, overrides, message, at, mon
     assert line is not None, repr(caught.value)
     assert "\n" not in line
     assert re.search(message, line), line
+
+
+def test_a_training_that_could_not_go_on_from_its_checkpoint_is_refused(at, tmp_path):
+    args_file = at()
+    checkpoint = tmp_path / "outputs" / "train" / "checkpoints" / "last.pt"
+    checkpoint.parent.mkdir(parents=True)
+    handler = check._read(json.loads(args_file.read_text())).get_parsed_content("train::handlers::0")
+    torch.save({"components": {}, "fingerprint": handler.fingerprint, "images_seen": 0}, checkpoint)
+    before = files(tmp_path)
+    assert "8 training images" in check.check_args_file(args_file)
+    assert files(tmp_path) == before
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        check.check_args_file(args_file, ["--g_lr", "0.5"])
+    assert (check.exit_code(caught.value), "was made with g_lr" in find_user_error(caught.value)) == (78, True)
+    checkpoint.write_bytes(b"torn")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        check.check_args_file(args_file)
+    assert (check.exit_code(caught.value), "no older checkpoint" in find_user_error(caught.value)) == (78, True)
 
 
 def test_weights_of_an_inference_must_be_there(at, tmp_path):

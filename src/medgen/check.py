@@ -92,6 +92,7 @@ def check_args_file(args_file: str | Path, overrides: Sequence[str] = ()) -> str
         _initialise(parser, str(arguments.get("init_id") or "initialize"))
         about += _check_data(parser, processes)
         _check_weights(parser)
+        _check_checkpoint(parser)
         output = parser.get_parsed_content("output_dir") if "output_dir" in parser else None
     return ", ".join(about) + (f" -> {output}" if output else "")
 
@@ -253,6 +254,13 @@ def _check_weights(parser: ConfigParser) -> None:
     for name in LOSSES:
         if _has(parser, name):
             parser.get_parsed_content(name)
+
+
+def _check_checkpoint(parser: ConfigParser) -> None:
+    """See that a training which goes on can: the likeliest mistake is a setting that was changed in between."""
+    for number, handler in enumerate(parser["train::handlers"] if _has(parser, "train::handlers") else []):
+        if isinstance(handler, dict) and handler.get("_target_") == "medgen.handlers.TrainingCheckpoint":
+            parser.get_parsed_content(f"train::handlers::{number}").check()
 
 
 def _items(parser: ConfigParser, prefix: str) -> Sequence[Mapping[str, Any]] | None:

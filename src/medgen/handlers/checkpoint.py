@@ -32,6 +32,9 @@ __all__ = ["BestModelSaver", "TrainingCheckpoint", "WeightsLoader", "atomic_save
 logger = logging.getLogger(__name__)
 
 ABANDONED_SECONDS = 3600  # a file that is being written changes all the time
+# what to do where a state does not fit the settings
+RESUME = "resume with what it was made with, or train anew into another --output_dir"
+RESUME_FROM = "--resume_from goes on with the same data and settings: give those, or leave it out"
 
 
 def atomic_save(obj: Any, path: str | Path) -> None:
@@ -159,8 +162,7 @@ class TrainingCheckpoint:
                 "choose another --output_dir"
             )
         if state is not None:
-            advice = "resume with what it was made with, or train anew into another --output_dir"
-            self._restore(engine, state, self.folder, advice)
+            self._restore(engine, state, self.folder, RESUME)
             self._saved = engine.images_seen
             if engine.state.epoch >= engine.state.max_epochs and not engine.epoch_end_due:
                 logger.info(f"this training is complete; to go on {engine.longer}")
@@ -202,8 +204,7 @@ class TrainingCheckpoint:
             os.replace(newest, last)
 
     def _continue(self, engine: GenerativeTrainer, source: Path) -> None:
-        advice = "--resume_from goes on with the same data and settings: give those, or leave it out"
-        self._restore(engine, _read_other(source), source, advice)
+        self._restore(engine, _read_other(source), source, RESUME_FROM)
         if engine.state.epoch >= engine.state.max_epochs:
             raise UserError(
                 f"the training of {source} has seen {engine.images_seen} images, which leaves no step of this one, "
@@ -211,14 +212,30 @@ class TrainingCheckpoint:
             )
 
     def _restore(self, engine: GenerativeTrainer, state: Mapping[str, Any], source: Path, advice: str) -> None:
+        self._check_settings(state, source, advice)
+        engine.load_training_state(state)
+        logger.info(f"resumed from {source} at iteration {engine.state.iteration}, {engine.images_seen} images")
+
+    def _check_settings(self, state: Mapping[str, Any], source: Path, advice: str) -> None:
         for name, value in self.fingerprint.items():
             if state["fingerprint"].get(name) != value:
                 raise UserError(
                     f"the checkpoint {source} was made with {name} {state['fingerprint'].get(name)}, this run has "
                     f"{value}; {advice}"
                 )
-        engine.load_training_state(state)
-        logger.info(f"resumed from {source} at iteration {engine.state.iteration}, {engine.images_seen} images")
+
+    def check(self) -> None:
+        """See, without a training, whether the state that it would begin with can be read and fits the settings.
+
+        Raises:
+            UserError: it does not.
+            OSError: the volume cannot be read.
+        """
+        _, state = self.load() if self.resume else (None, None)
+        if state is not None:
+            self._check_settings(state, self.folder, RESUME)
+        elif self.resume_from is not None:
+            self._check_settings(_read_other(self.resume_from), self.resume_from, RESUME_FROM)
 
     def load(self) -> tuple[Path | None, dict[str, Any] | None]:
         """The newest checkpoint that can be read, and its state on the CPU; (None, None) where there is none.
