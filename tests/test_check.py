@@ -154,6 +154,11 @@ def test_weights_of_an_inference_must_be_there(at, tmp_path):
     line = check.check_args_file(args_file, ["--shard", "0/4"])
     assert line == f"configs/generate.json + configs/demo.json -> {tmp_path}/outputs/train"
     assert not list((tmp_path / "outputs" / "train").iterdir())
+    for words in (["--shard", "4/4"], ["--seeds", "9-3"]):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            check.check_args_file(args_file, words)
+        assert check.exit_code(caught.value) == 78
+        assert words[0][2:] in find_user_error(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +231,15 @@ def test_command_ends_with_the_code_and_one_line(at, tmp_path, monkeypatch):
     args_file.write_text("{")
     broken = CliRunner().invoke(cli.app, ["check", str(args_file)])
     assert broken.exit_code == 78
-    assert broken.stderr.startswith("error: a config or args file is no JSON: ")
+    assert broken.stderr.startswith(f"error: {args_file} must be a JSON file, got what is none (")
     assert broken.stderr.count("\n") == 1
+    args_file.write_text("[1]")
+    with pytest.raises(UserError, match="must hold settings by their names, with a config_file"):
+        check.check_args_file(args_file)
+    args_file.write_text(json.dumps(TRAIN))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"names configs/train\.json, there is none in .*; run this in the folder"):
+        check.check_args_file(args_file)
 
 
 @pytest.mark.parametrize(

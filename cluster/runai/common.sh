@@ -97,6 +97,7 @@ submit() {
         printf ' %q' "$@"
         printf '\n'
     else
+        command -v runai >/dev/null || complain 'there is no runai on the PATH; install the command line, version 2, and log in'
         runai "$@"
     fi
 }

@@ -73,15 +73,19 @@ def check_args_file(args_file: str | Path, overrides: Sequence[str] = ()) -> str
         UserError: a setting, the data or a file of weights is wrong.
         Exception: whatever else a broken config or volume leads to; see :func:`exit_code`.
     """
-    from monai.bundle import ConfigParser
-
     from medgen.settings import check_names
 
     args_file = Path(args_file)
     if not args_file.is_file():
         raise UserError(f"ARGS_FILE must be a JSON file, there is none at {args_file}; name one that is there")
+    arguments = {**_arguments(args_file), **_parse(overrides)}
+    files = arguments["config_file"]
+    for file in [files] if isinstance(files, str) else files:
+        if not Path(file).is_file():
+            raise UserError(
+                f"{args_file} names {file}, there is none in {Path.cwd()}; run this in the folder of its bundle"
+            )
     check_names(["medgen", "--args_file", str(args_file), *overrides])
-    arguments = {**ConfigParser.load_config_file(args_file), **_parse(overrides)}
     processes = launched_processes()
     with _as_it_was(), _announced(processes):
         parser = _read(arguments)
@@ -137,6 +141,22 @@ def launched_processes() -> int:
     return count
 
 
+def _arguments(args_file: Path) -> dict[str, Any]:
+    """What an args file holds: settings by their names, the config's files among them."""
+    from monai.bundle import ConfigParser
+
+    try:
+        arguments = ConfigParser.load_config_file(args_file)
+    except ValueError as error:  # of JSON
+        raise UserError(f"{args_file} must be a JSON file, got what is none ({error}); correct it") from error
+    if not isinstance(arguments, dict) or not arguments.get("config_file"):
+        raise UserError(
+            f"{args_file} must hold settings by their names, with a config_file such as configs/train.json among them, "
+            "it does not; add them"
+        )
+    return arguments
+
+
 def _parse(words: Sequence[str]) -> dict[str, Any]:
     """``--name value`` as fire reads them for ``monai.bundle run``."""
     from fire import Fire
@@ -150,8 +170,6 @@ def _read(arguments: Mapping[str, Any]) -> ConfigParser:
     from monai.bundle.workflows import logger
 
     settings = dict(arguments)
-    if "config_file" not in settings:
-        raise UserError("the args file must name a config_file, it does not; add one, such as configs/train.json")
     tracking = settings.pop("tracking", None)
     if isinstance(tracking, str) and tracking != "mlflow":
         for name, value in ConfigParser.load_config_file(tracking)["configs"].items():
@@ -196,6 +214,8 @@ def _initialise(parser: ConfigParser, init_id: str) -> None:
 def _check_data(parser: ConfigParser, processes: int) -> list[str]:
     """Read the datalists, and the first image of each split; returns how much there is, in words."""
     about = []
+    if _has(parser, "samples"):  # seeds and prompts in place of images
+        parser.get_parsed_content("samples")
     for split, prefix in {"training": "train::", "validation": "validate::", "": ""}.items():
         items = _items(parser, prefix)
         if items is None:
@@ -325,6 +345,6 @@ def _one_line(error: BaseException) -> str:
         return message
     causes = list(_causes(error))
     if any(isinstance(cause, json.JSONDecodeError) for cause in causes):
-        return f"a config or args file is no JSON: {causes[-1]}"
+        return f"a config file is no JSON: {next(cause for cause in causes if isinstance(cause, json.JSONDecodeError))}"
     first = (str(causes[-1]).strip().splitlines() or [""])[0]
     return f"{type(causes[-1]).__name__}: {first}; with MEDGEN_TRACEBACK=1 the whole trace is shown"

@@ -24,11 +24,11 @@ from medgen.networks import StyleGAN2Generator
 OVERLAYS = REPOSITORY / "cluster" / "kubernetes" / "overlays"
 AUTOENCODER = "cxr_autoencoder_kl/train"  # below the outputs
 # the demo, smaller still, with a checkpoint after each step
-TINY = {"tracking": None, "perceptual_weights": None, "max_epochs": 5, "val_interval": 2, "checkpoint_interval": 1}
+TINY = {"tracking": None, "perceptual_weights": None, "max_epochs": 12, "val_interval": 3, "checkpoint_interval": 1}
 TINY |= {"adversarial_start_epoch": 1, "ema_decay": 0.9, "batch_size": "$medgen.engines.batch_per_process(4)"}
 
 STYLEGAN2 = "stylegan2_anomaly/train"
-TINY_STYLEGAN2 = {"tracking": None, "batch_size": "$medgen.engines.batch_per_process(8)", "max_images": 40}
+TINY_STYLEGAN2 = {"tracking": None, "batch_size": "$medgen.engines.batch_per_process(8)", "max_images": 80}
 TINY_STYLEGAN2 |= {"tick_images": 16, "val_interval": 1, "val_images": 4, "checkpoint_interval": 1}
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which renders overlays, is not here")
@@ -69,7 +69,7 @@ def watch(cluster: pods.Cluster, workload: Job | JobSet, outputs: Path, rng: ran
 
     before = stamp()
     cluster.until(lambda: stamp() != before or workload.finished)
-    moment = time.monotonic() + rng.uniform(0, 0.5)
+    moment = time.monotonic() + rng.uniform(0, 0.3)
     cluster.until(lambda: time.monotonic() > moment)
     assert not workload.finished, "the training was over before it could be disturbed\n" + cluster.logs()
     return workload.active[0]
@@ -174,7 +174,7 @@ def test_a_restart_with_another_number_of_processes_goes_on(data, undisturbed, t
         assert cluster.finish(cluster.apply(manifests)) == "Complete", cluster.logs()
         assert "of 4 images on cpu in float32, 1 process(es)" in cluster.logs()
     before, after = state(undisturbed), state(outputs)
-    assert (before["images_seen"], after["images_seen"]) == (40, 48)
+    assert (before["images_seen"], after["images_seen"]) == (96, 104)
 
 
 @pytest.mark.slow(reason="starts a training of two processes four times")
