@@ -74,13 +74,12 @@ def test_two_processes_hold_one_network_and_resume_it(datalist, tmp_path):
 
 
 def test_best_snapshot_is_the_moving_average_and_is_named(workflow, tmp_path):
-    run(workflow(BUNDLE, "train", tmp_path))
+    run(workflow(BUNDLE, "train", tmp_path, max_images=4))  # validated once: the state of then is the last
     best = json.loads((tmp_path / "best.json").read_text())
     saved = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert best["metric"] == "val_frd"
-    assert best["images_seen"] in (4, 8)
-    checkpoint = "last" if best["images_seen"] == 8 else "previous"
-    components = torch.load(tmp_path / "checkpoints" / f"{checkpoint}.pt", weights_only=True)["components"]
+    assert best["images_seen"] == 4
+    components = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["components"]
     torch.testing.assert_close(saved, components["ema"], rtol=0, atol=0)
     assert any(not torch.equal(saved[name], value) for name, value in components["generator"].items())
 
