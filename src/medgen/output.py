@@ -33,11 +33,26 @@ __all__ = [
 
 
 @contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """Path for a file on its way to another path, in the same folder, which is made; what lies there at the end goes.
+
+    The name is random: the processes of containers that share a folder have equal numbers, and threads of one process
+    share theirs.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """A file that is written whole or not at all, in a folder that is made.
 
-    It takes its name when the block ends, and vanishes when the block raises. Until then it has a random one: the
-    processes of containers that share a folder have equal numbers, and threads of one process share theirs.
+    It takes its name when the block ends, and vanishes when the block raises.
 
     Args:
         path: the file; one that is there is replaced.
@@ -50,17 +65,11 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         OSError: it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
+    with _unfinished(path) as temporary:
         # not tempfile's, which the owner alone may read: the file gets the permissions that open() gives any other
         with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file
         os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -83,9 +92,7 @@ def write_first(path: str | os.PathLike[str], text: str) -> None:
         OSError: it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ready = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
+    with _unfinished(path) as ready:
         ready.write_text(text, encoding="utf-8")
         try:
             os.link(ready, path)
@@ -94,8 +101,6 @@ def write_first(path: str | os.PathLike[str], text: str) -> None:
         except OSError:
             if not path.exists():
                 os.replace(ready, path)
-    finally:
-        ready.unlink(missing_ok=True)
 
 
 def plain_json(value: Any) -> Any:
