@@ -8,6 +8,7 @@ import json
 import nibabel
 import numpy as np
 import pytest
+from here import convert_here
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -43,16 +44,11 @@ def save(path, pixels):
     Image.fromarray((pixels * 255).round().astype(np.uint8)).save(path)
 
 
-def here(todo, task, target, workers, record):
-    for job in todo:
-        record(c.convert_file(job, task, target))
-
-
 def run(*arguments):
     """The command; in this process, whose start is most of a small dataset's time, unless the test says how many."""
     with pytest.MonkeyPatch.context() as patch:
         if "--workers" not in arguments:
-            patch.setattr(c, "_pool", here)
+            patch.setattr(c, "_pool", convert_here)
         return c.main(module.app, [str(argument) for argument in arguments])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from here import convert_here
 from PIL import Image
 from pydicom.uid import generate_uid
 
@@ -48,16 +49,11 @@ def series(phantom, tmp_path):
     return tmp_path / "source/series"
 
 
-def here(todo, task, target, workers, record):
-    for job in todo:
-        record(c.convert_file(job, task, target))
-
-
 def run(*arguments):
     """The command; in this process, whose start is most of a small dataset's time, unless the test says how many."""
     with pytest.MonkeyPatch.context() as patch:
         if "--workers" not in arguments:
-            patch.setattr(c, "_pool", here)
+            patch.setattr(c, "_pool", convert_here)
         return c.main(module.app, [str(argument) for argument in arguments])
 
 

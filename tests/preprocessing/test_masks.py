@@ -14,16 +14,7 @@ from medgen.data import write_datalist
 from preprocessing import _convert as c
 from preprocessing.masks import app
 
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Convert without the pool, whose start takes most of a small run's time."""
-
-    def pool(todo, settings, target, workers, record):
-        for job in todo:
-            record(c.convert_file(job, settings, target))
-
-    monkeypatch.setattr(c, "_pool", pool)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from medgen.data.phantom import PhantomSpec, write_phantom
 from preprocessing import _convert as c
 from preprocessing import mimic_cxr
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 REPO = Path(__file__).parents[2]
 STEPS = ("organise", "create_ids", "sections", "sentences")
 SPLITS = ("training", "validation", "test")
@@ -94,17 +96,6 @@ def organised(tmp_path_factory):
     source = _small(root / "s", views=("PA",))
     assert _run("organise", source, root / "t") == 0
     return source, root / "t"
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Convert without the pool, whose start takes most of a small run's time; the module's fixtures use it."""
-
-    def pool(todo, settings, target, workers, record):
-        for job in todo:
-            record(c.convert_file(job, settings, target))
-
-    monkeypatch.setattr(c, "_pool", pool)
 
 
 @pytest.fixture

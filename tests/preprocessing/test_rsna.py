@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from here import convert_here
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
@@ -148,28 +149,13 @@ def _times(folder):
     return {path: path.stat().st_mtime_ns for path in (folder / "images").rglob("*.png")}
 
 
-def _direct(monkeypatch):
-    """Convert without the pool, whose start takes most of a small run's time."""
-
-    def pool(todo, settings, target, workers, record):
-        for job in todo:
-            record(c.convert_file(job, settings, target))
-
-    monkeypatch.setattr(c, "_pool", pool)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    _direct(monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     """Phantoms in the challenge's layout, what organise makes of them, and the boxes of their lungs."""
     root = tmp_path_factory.mktemp("rsna")
     write_phantom("rsna", root / "source", PhantomSpec(16, images_per_patient=2, size=64, seed=3, anomaly_fraction=0.6))
     with pytest.MonkeyPatch.context() as patch:
-        _direct(patch)
+        patch.setattr(c, "_pool", convert_here)
         assert _organise(root / "source", root / "organised", "--size", 64) == 0
     rows = {}
     for path in (root / "source/masks").glob("*_lung.png"):
@@ -834,7 +820,7 @@ def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(tmp_path, monkeypat
         root = _organised(tmp_path / "s", {name: (0, _pixels(number, (600, 600))) for number, name in enumerate(names)})
         boxes = _boxes(tmp_path / "b.csv", dict.fromkeys(names, (0, 0, 600, 500)))
         options = ["crop", "--source", root, "--boxes", boxes, "--size", 512]
-    _direct(monkeypatch)
+    monkeypatch.setattr(c, "_pool", convert_here)
     assert _run(*options, "--target", tmp_path / "undisturbed") == 0
 
     for attempt in range(5):  # on a busy machine a run may be over before the signal reaches it
