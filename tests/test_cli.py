@@ -39,7 +39,7 @@ def test_phantom_help_lists_the_layouts_and_no_other():
     assert "chestxray14:" in result.stdout
     assert "mimic-cxr:" in "".join(result.stdout.split())  # lines break at the hyphen
     assert "rsna:" in result.stdout
-    assert "isic" not in result.stdout
+    assert "isic:" in result.stdout
 
 
 def test_help_of_phantom_imports_no_framework():
@@ -91,7 +91,7 @@ def test_path_with_a_space_is_quoted_in_the_next_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["phantom", "nope", "OUT"], "error: layout must be one of chest, chestxray14, liver_ct, mimic-cxr, "),
+        (["phantom", "nope", "OUT"], "error: layout must be one of chest, chestxray14, isic, liver_ct, mimic-cxr, "),
         (["phantom", "chest", "OUT", "--size", "7"], "error: size must be from 32 to 2048, got 7; change --size"),
         (["phantom", "chest", "FULL"], "error: OUT must be new or empty, got FULL"),
     ],

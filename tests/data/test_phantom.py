@@ -518,6 +518,6 @@ def test_specification_out_of_range_names_the_option(field, value):
 
 
 def test_unknown_layout_lists_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match=r"one of chest, chestxray14, liver_ct, mimic-cxr, .*, rsna, got 'isic'"):
-        write_phantom("isic", tmp_path / "a", PhantomSpec())
+    with pytest.raises(UserError, match=r"one of chest, chestxray14, isic, liver_ct, .*, rsna, got 'moon'"):
+        write_phantom("moon", tmp_path / "a", PhantomSpec())
     assert not (tmp_path / "a").exists()

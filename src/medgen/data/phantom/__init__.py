@@ -16,11 +16,14 @@ from medgen.data.phantom.layouts import (
     CtStudy,
     Layout,
     PhantomSpec,
+    SkinStudy,
     Study,
     draw_ct_studies,
+    draw_skin_studies,
     draw_studies,
     write_phantom,
 )
+from medgen.data.phantom.skin import SkinPhantom
 from medgen.data.phantom.thorax import (
     FINDINGS,
     Acquisition,
@@ -46,10 +49,13 @@ __all__ = [
     "Finding",
     "Layout",
     "PhantomSpec",
+    "SkinPhantom",
+    "SkinStudy",
     "Study",
     "ThoraxImage",
     "ThoraxPhantom",
     "draw_ct_studies",
+    "draw_skin_studies",
     "draw_studies",
     "make_thorax",
     "write_clip",

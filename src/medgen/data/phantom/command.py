@@ -41,7 +41,7 @@ def phantom(
     size: Annotated[
         int | None,
         typer.Option(
-            help="Height and width in pixels, 32 to 2048; default: "
+            help="Height and width in pixels (of isic: the height), 32 to 2048; default: "
             + ", ".join(f"{layout.size} for {name}" for name, layout in LAYOUTS.items()),
             show_default=False,
         ),

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from medgen.data.phantom.abdomen import (
     AbdomenVolume,
 )
 from medgen.data.phantom.reports import CHEXPERT, FORMS, write_report
+from medgen.data.phantom.skin import BENIGN, MALIGNANT, Lesion, Photograph, Skin, SkinPhantom
 from medgen.data.phantom.thorax import (
     FIELD_OF_VIEW_CM,
     FINDINGS,
@@ -47,7 +49,18 @@ from medgen.errors import UserError
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-__all__ = ["LAYOUTS", "CtStudy", "Layout", "PhantomSpec", "Study", "draw_ct_studies", "draw_studies", "write_phantom"]
+__all__ = [
+    "LAYOUTS",
+    "CtStudy",
+    "Layout",
+    "PhantomSpec",
+    "SkinStudy",
+    "Study",
+    "draw_ct_studies",
+    "draw_skin_studies",
+    "draw_studies",
+    "write_phantom",
+]
 
 MANIFEST = "phantom.json"
 NO_FINDING = "No Finding"
@@ -85,6 +98,16 @@ RSNA_LABELS, RSNA_CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_
 RSNA_MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 RSNA_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 RSNA_OPACITIES = ("Consolidation", "Mass", "Nodule")  # denser than the lung about them; each has a box
+
+ISIC_COLUMNS = (
+    *("isic_id", "patient_id", "lesion_id", "diagnosis", "benign_malignant", "age_approx", "sex"),
+    "anatom_site_general",
+)
+ISIC_TRUTH_COLUMNS = ("file", "patient", "lesion", "diagnosis", "copy_of", "copy", "lesion_mask")
+SAME_LESION = 0.4  # share of a patient's further photographs that show the lesion of the one before
+COPY_EVERY = 8  # photographs, of which one is in the archive twice
+COPIES = ("exact", "mirrored", "turned", "smaller")  # in turn
+SMALLER = 0.75  # of the side
 
 # Stored values of the DICOM files. The film's black and white are not the ends of the 12 bits, so that a reader which
 # ignores the window, or applies it before inverting MONOCHROME1, gives a visibly wrong image.
@@ -236,6 +259,66 @@ def draw_ct_studies(spec: PhantomSpec) -> Iterator[CtStudy]:
             label = found.get(patient * spec.images_per_patient + follow_up)
             findings = () if label is None else (AbdomenFinding(label, int(rng.integers(2**32))),)
             yield CtStudy(patient, follow_up, AbdomenPhantom(anatomy, scan), findings)
+
+
+@dataclass(frozen=True)
+class SkinStudy:
+    """One dermoscopic photograph, drawn but not rendered, or a copy of one.
+
+    Args:
+        patient: number from 0.
+        lesion: number of the lesion among the patient's, from 0.
+        index: number of the photograph among all, from 0.
+        phantom: patient, lesion and photograph.
+        copy: how it was made of the photograph before it, of :data:`COPIES`; empty for an original.
+    """
+
+    patient: int
+    lesion: int
+    index: int
+    phantom: SkinPhantom
+    copy: str = ""
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """The diagnosis, if it is malignant."""
+        diagnosis = self.phantom.lesion.diagnosis
+        return (diagnosis,) if diagnosis in MALIGNANT else ()
+
+
+def draw_skin_studies(spec: PhantomSpec) -> Iterator[SkinStudy]:
+    """Draw patients, their lesions and photographs; every eighth photograph is followed by a copy of it.
+
+    Args:
+        spec: how many and which; ``anomaly_fraction`` is the share of the lesions that are malignant.
+
+    Yields:
+        the photographs, patient by patient.
+    """
+    lesions = []  # of each patient, the lesion's number in each photograph
+    for patient in range(spec.patients):
+        again = np.random.default_rng([spec.seed, 9, patient]).random(spec.images_per_patient) < SAME_LESION
+        again[0] = False
+        lesions.append(np.cumsum(~again) - 1)
+    total = sum(int(numbers[-1]) + 1 for numbers in lesions)
+    malignant = set(np.random.default_rng([spec.seed, 10]).permutation(total)[: round(spec.anomaly_fraction * total)])
+    turns = {True: cycle(MALIGNANT), False: cycle(BENIGN)}
+    diagnoses = [next(turns[lesion in malignant]) for lesion in range(total)]
+    index = first = 0
+    for patient, numbers in enumerate(lesions):
+        skin = Skin.draw(np.random.default_rng([spec.seed, 11, patient]))
+        for follow_up, lesion in enumerate(numbers.tolist()):
+            rng = np.random.default_rng([spec.seed, 12, patient, lesion])
+            drawn = Lesion.draw(rng, diagnoses[first + lesion])
+            photograph = Photograph.draw(np.random.default_rng([spec.seed, 13, patient, follow_up]))
+            phantom = SkinPhantom(skin, drawn, photograph)
+            yield SkinStudy(patient, lesion, index, phantom)
+            index += 1
+            copies, left = divmod(patient * spec.images_per_patient + follow_up, COPY_EVERY)
+            if left == COPY_EVERY - 1:
+                yield SkinStudy(patient, lesion, index, phantom, COPIES[copies % len(COPIES)])
+                index += 1
+        first += int(numbers[-1]) + 1
 
 
 @dataclass(frozen=True)
@@ -544,6 +627,71 @@ def _rsna_dicom(study: Study, image: ThoraxImage, spec: PhantomSpec, name: str) 
     return ds
 
 
+def _write_isic(out: Path, spec: PhantomSpec, studies: Iterable[SkinStudy]) -> str:
+    """``images/<id>.jpg``, ``masks/<id>_segmentation.png`` and the archive's table, which does not tell copies."""
+    rows, truth = [], []
+    for folder in ("images", "masks"):
+        (out / folder).mkdir(exist_ok=True)
+    original = ""
+    for study in studies:
+        skin, lesion = study.phantom.skin, study.phantom.lesion
+        image = study.phantom.render(spec.size)
+        name = _isic_id(spec, study.index)
+        pictures = [
+            Image.fromarray(np.rint(image.image * 255).astype(np.uint8)),
+            Image.fromarray(image.lesion_mask.astype(np.uint8) * 255),
+        ]
+        pictures = [_copied(picture, study.copy) for picture in pictures]
+        pictures[0].save(out / "images" / f"{name}.jpg", quality=95, subsampling=0)
+        pictures[1].save(out / "masks" / f"{name}_segmentation.png")
+        # a copy comes from another source, which knows neither patient nor lesion
+        ids = ("", "") if study.copy else (_isic_patient(spec, study.patient), _isic_lesion(spec, study))
+        malignancy = "malignant" if study.findings else "benign"
+        age = 5 * round(skin.age / 5)  # as the archive has it
+        rows.append((name, *ids, lesion.diagnosis, malignancy, age, skin.sex, lesion.site))
+        truth.append(
+            (
+                f"images/{name}.jpg",
+                _isic_patient(spec, study.patient),
+                _isic_lesion(spec, study),
+                lesion.diagnosis,
+                original if study.copy else "",
+                study.copy,
+                f"masks/{name}_segmentation.png",
+            )
+        )
+        original = name
+    # by id, as the archive has them: a patient's images do not come one after the other, nor a copy after the original
+    _save_csv(out / "metadata.csv", ISIC_COLUMNS, sorted(rows))
+    _save_csv(out / "truth.csv", ISIC_TRUTH_COLUMNS, truth)
+    return _command("preprocessing.isic", source=out, target=_sibling(out), size=spec.size)
+
+
+def _copied(picture: Image.Image, copy: str) -> Image.Image:
+    """A copy in one of the ways of :data:`COPIES`; the picture itself for an original."""
+    if copy == "mirrored":
+        return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if copy == "turned":
+        return picture.transpose(Image.Transpose.ROTATE_90)
+    if copy == "smaller":
+        return picture.resize([round(SMALLER * side) for side in picture.size], Image.Resampling.BOX)
+    return picture
+
+
+def _isic_id(spec: PhantomSpec, index: int) -> str:
+    # the factor is coprime to the space, so that no two indices meet
+    return f"ISIC_{(spec.seed * 1_000_003 + index * 3_819_661) % 10_000_000:07d}"
+
+
+def _isic_patient(spec: PhantomSpec, patient: int) -> str:
+    return f"IP_{(spec.seed * 1_000_003 + patient * 6_180_339) % 10_000_000:07d}"
+
+
+def _isic_lesion(spec: PhantomSpec, study: SkinStudy) -> str:
+    number = study.patient * spec.images_per_patient + study.lesion
+    return f"IL_{(spec.seed * 1_000_003 + number * 7_236_067) % 10_000_000:07d}"
+
+
 _MIMIC_ENTRIES = ("files", "masks", "truth.csv", MIMIC_METADATA, MIMIC_CHEXPERT, MIMIC_SPLIT)
 LAYOUTS: dict[str, Layout] = {
     "chest": Layout("radiographs as a DICOM tree", ("images", "masks", "truth.csv"), _write_chest),
@@ -551,6 +699,15 @@ LAYOUTS: dict[str, Layout] = {
         "NIH ChestX-ray14: PNG, table and official lists",
         ("images_001", "masks", "truth.csv", "Data_Entry_2017_v2020.csv", "train_val_list.txt", "test_list.txt"),
         _write_chestxray14,
+    ),
+    "isic": Layout(
+        "ISIC archive: dermoscopic JPEGs of 4:3, their table, lesion masks, and copies that the table does not tell",
+        ("images", "masks", "metadata.csv", "truth.csv"),
+        _write_isic,
+        draw=draw_skin_studies,
+        noun="synthetic dermoscopic images",
+        masks="masks of lesions: {out}/masks",
+        images_per_patient=2,
     ),
     "liver_ct": Layout(
         "CT of the upper abdomen as NIfTI and as DICOM series, with liver masks",
