@@ -18,8 +18,9 @@ __all__ = ["BUNDLE_NAME", "BUNDLE_PARTS", "COMPANIONS", "GENERATOR_PARTS", "bund
 
 # a bundle folder also holds outputs, checkpoints and perhaps images of patients: only these ever leave it
 BUNDLE_PARTS = ("LICENSE", "configs", "docs", "models/model.pt")
-# what a training puts beside weights that are of no use alone (medgen.handlers.ModelCompanions)
-COMPANIONS = ("models/autoencoder.pt", "models/scaling.json", "models/trained_as.json")
+# what a training puts beside its weights (medgen.handlers.ModelCompanions): what they are of no use without, and whose
+# images they saw
+COMPANIONS = ("models/autoencoder.pt", "models/scaling.json", "models/trained_as.json", "models/trained_on.json")
 # the bundle of the generator that an inversion encoder was trained for, should it lie in the encoder's
 GENERATOR_PARTS = tuple(f"generator/{part}" for part in BUNDLE_PARTS)
 

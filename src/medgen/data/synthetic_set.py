@@ -16,6 +16,7 @@ import numpy as np
 from medgen import lineage
 from medgen.data.datalist import write_datalist
 from medgen.data.pending import pending_groups
+from medgen.data.provenance import read_trained_on
 from medgen.data.reader import read_frames
 from medgen.data.shard import parse_shard, shard_line, shard_of
 from medgen.errors import UserError
@@ -149,8 +150,9 @@ class SyntheticSet:
       first image, and of shards that begin at once the first writes it;
     - ``datalist.json``, each image a patient of its own (``synthetic-42``) with its seed, its class, its prompt as
       ``text`` and the SHA-256 of the generator's weights (and ``model``, ``models:/NAME/VERSION`` of a registered
-      one), so that metrics and trainings read the set like a real one;
-      images of earlier runs in the folder are among them;
+      one), so that metrics and trainings read the set like a real one; images of earlier runs in the folder are among
+      them. ``trained_on`` is the generator's own, where its training left it: whose images it saw
+      (:func:`medgen.data.check_synthetic`);
     - ``images/grid.png``, the first images.
 
     Args:
@@ -279,6 +281,11 @@ class SyntheticSet:
         """SHA-256 of the weights; see :func:`weights_sha256`."""
         return weights_sha256(self.model_path)
 
+    @cached_property
+    def trained_on(self) -> dict[str, Any] | None:
+        """Whose images the generator saw, see :func:`medgen.data.trained_on`; None where its training left no word."""
+        return read_trained_on(self.model_path)
+
     @property
     def _registered(self) -> dict[str, str]:
         """The registered model that the weights are of, where they are of one."""
@@ -306,8 +313,9 @@ class SyntheticSet:
         """Record the settings, or see that they are those of the samples that are there or that others make.
 
         Raises:
-            UserError: no weights, or others, or other settings.
+            UserError: no weights, or others, or other settings; or what lies beside the weights is broken.
         """
+        _ = self.trained_on  # a broken record is told now, not when all images are made
         # sums are rounded by the batch: images of another size of it are not the same to the last bit
         record = {**self.record, "batch_size": self._batch_size}
         defaults = {"prompts": [], "label": None, "batch_size": self._batch_size}
@@ -347,6 +355,7 @@ class SyntheticSet:
             self.modality,
             {"training": items},
             generation=self.record,
+            **({} if self.trained_on is None else {"trained_on": self.trained_on}),
             **({"label_names": self.label_names} if self.label_names else {}),
         )
         self._write_grid([self.output_dir / item["image"] for item in items[: self.grid_images]])

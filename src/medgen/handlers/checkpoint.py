@@ -343,7 +343,7 @@ class BestModelSaver:
         is_better: (new, best so far) -> whether to save.
         record: JSON file that says which weights ``path`` holds: metric, value, epoch, ``position`` and checksum.
         position: more entries of that file, asked for when it is written, such as the images seen.
-        companions: what must lie beside the weights; written with the first of them. The file of another training is
+        companions: what belongs beside the weights; written with the first of them. The file of another training is
             then kept with its own companions, in the folder ``previous``.
         stage: how far a growing network has grown, such as its resolution: a best value counts within one stage alone,
             and the first model of a later stage replaces that of an earlier one, whatever its value.

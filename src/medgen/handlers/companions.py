@@ -1,4 +1,4 @@
-"""What must lie beside a model's weights for them to be of use."""
+"""What lies beside a model's weights: what they are of no use without, and whose images they saw."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from medgen import lineage
 from medgen.data.image_set import file_sha256
+from medgen.data.provenance import TRAINED_ON
 from medgen.errors import UserError
 from medgen.output import atomic_file, atomic_write_text, plain_json
 
@@ -23,30 +24,40 @@ PREVIOUS = "previous"
 
 
 class ModelCompanions:
-    """Files that a model cannot be used without, beside its weights; for :class:`medgen.handlers.BestModelSaver`.
+    """What belongs to a model, beside its weights; for :class:`medgen.handlers.BestModelSaver`.
 
-    They come with the first weights of a training, not before: until then those of an earlier training stand there, and
-    its companions with them. Those weights are kept in the folder ``previous``, of use as they are. A kill at any
+    It comes with the first weights of a training, not before: until then those of an earlier training stand there, and
+    their companions with them. Those weights are kept in the folder ``previous``, of use as they are. A kill at any
     moment leaves weights with their own companions, or without ``trained_as.json``, or no weights.
 
     Args:
         model_path: file of the weights.
-        files: name beside the weights -> file that is copied there.
+        files: name beside the weights -> file that the model cannot be used without, which is copied there.
         record: settings that the weights are wrong without, written to ``trained_as.json``; sampling checks them with
             :func:`check_trained_as`. Registered models that the training read are written beside them, such as
-            ``"autoencoder_model": "models:/NAME/VERSION"``.
+            ``"autoencoder_model": "models:/NAME/VERSION"``. None writes no such file.
+        trained_on: whose images the model sees, as :func:`medgen.data.trained_on` gives it, written to
+            ``trained_on.json`` with the name of the weights' file; None writes no such file.
     """
 
-    def __init__(self, model_path: str | Path, files: Mapping[str, str | Path], record: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model_path: str | Path,
+        files: Mapping[str, str | Path] | None = None,
+        record: Mapping[str, Any] | None = None,
+        trained_on: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(model_path)
-        self.files, self.record = {name: Path(path) for name, path in files.items()}, dict(record)
+        self.files = {name: Path(path) for name, path in (files or {}).items()}
+        self.record = None if record is None else dict(record)
+        self.trained_on = None if trained_on is None else dict(trained_on)
 
     def set_aside(self) -> Path:
         """Take the weights of another training away, with copies of what lies beside them; returns where they are."""
         folder = self.path.with_name(PREVIOUS)
         kept = folder / self.path.name
         kept.unlink(missing_ok=True)
-        for name in (*self.files, RECORD):
+        for name in (*self.files, RECORD, TRAINED_ON):
             if self.path.with_name(name).is_file():
                 _copy(self.path.with_name(name), folder / name)
             else:
@@ -56,8 +67,13 @@ class ModelCompanions:
         return kept
 
     def place(self) -> None:
-        """Put the files beside the weights that are about to be written."""
+        """Put beside the weights that are about to be written what they must never be without."""
         self.path.with_name(RECORD).unlink(missing_ok=True)
+        if self.trained_on is None:
+            self.path.with_name(TRAINED_ON).unlink(missing_ok=True)
+        else:
+            content = json.dumps({"weights": self.path.name, **self.trained_on})
+            atomic_write_text(self.path.with_name(TRAINED_ON), content + "\n")
         for name, path in self.files.items():
             target = self.path.with_name(name)
             if not target.is_file() or file_sha256(target) != file_sha256(path):
@@ -65,6 +81,8 @@ class ModelCompanions:
 
     def sign(self) -> None:
         """Say of the weights that were written how they were trained."""
+        if self.record is None:
+            return
         models = {f"{source.kind}_model": source.uri for source in lineage.used() if source.uri}
         content = plain_json({**self.record, **models})
         atomic_write_text(self.path.with_name(RECORD), json.dumps(content, indent=4) + "\n")

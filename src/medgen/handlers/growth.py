@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Events
 from torch import nn
 
+from medgen.data.provenance import TRAINED_ON
 from medgen.engines.pggan import PGGANTrainer
 from medgen.handlers.checkpoint import atomic_save
 from medgen.inferers.pggan import LEVELS
+from medgen.output import atomic_write_text
 
 __all__ = ["LevelSaver"]
 
@@ -33,10 +37,13 @@ class LevelSaver:
     Args:
         network: the moving average.
         model_path: file of the best weights.
+        trained_on: whose images the network sees (:func:`medgen.data.trained_on`), written to ``trained_on.json``
+            beside the levels; None for none.
     """
 
-    def __init__(self, network: nn.Module, model_path: str | Path) -> None:
+    def __init__(self, network: nn.Module, model_path: str | Path, trained_on: Mapping[str, Any] | None = None) -> None:
         self.network, self.folder = network, Path(model_path).parent / LEVELS
+        self.trained_on = None if trained_on is None else dict(trained_on)
         self._saved: list[int] = []
 
     def attach(self, engine: PGGANTrainer) -> None:
@@ -62,6 +69,9 @@ class LevelSaver:
             shutil.rmtree(before, ignore_errors=True)
             self.folder.rename(before)
             logger.warning(f"{self.folder} was there before this training; kept as {before}")
+        # their own, not the model's: that one comes with the first validation, and may still be another training's
+        if self.trained_on is not None and not (self.folder / TRAINED_ON).is_file():
+            atomic_write_text(self.folder / TRAINED_ON, json.dumps(self.trained_on) + "\n")
         path = self.folder / f"{self.network.resolution:04d}.pt"
         atomic_save({name: value.cpu() for name, value in self.network.state_dict().items()}, path)
         logger.info(f"{engine.images_seen} images: level {self.network.resolution} is over, saved to {path}")
