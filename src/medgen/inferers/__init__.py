@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medgen.inferers.autoencoder import AutoencoderKLInferer
+from medgen.inferers.dcgan import DCGANInferer
 from medgen.inferers.denoising import DenoisingInferer, PosteriorEncoder
 from medgen.inferers.encoder_start import EncoderStart
 from medgen.inferers.generation import (
@@ -26,6 +27,7 @@ from medgen.inferers.segmentation import SegmentationInferer, with_noise_seeds
 __all__ = [
     "AutoencoderKLInferer",
     "BootstrapInferer",
+    "DCGANInferer",
     "DenoisingInferer",
     "EncoderStart",
     "GeneratorInferer",

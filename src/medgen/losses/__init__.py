@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from medgen.losses.adversarial import AdversarialLoss
 from medgen.losses.diffusion import DiffusionLoss
 from medgen.losses.inversion import DiscriminatorLoss, InversionLoss, MoCoLoss, inversion_loss
 from medgen.losses.kl import GaussianKLLoss
@@ -23,6 +24,7 @@ from medgen.losses.stylegan2 import (
 from medgen.losses.wasserstein import critic_loss, gradient_penalty
 
 __all__ = [
+    "AdversarialLoss",
     "DiffusionLoss",
     "DiscriminatorLoss",
     "GaussianKLLoss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medgen.networks.autoencoder_kl import KLAutoencoder, PosteriorReconstruction, load_autoencoder
 from medgen.networks.conditioning import CLIPTextConditioner, LabelConditioner, make_conditioner
+from medgen.networks.dcgan import DCGANDiscriminator, DCGANGenerator
 from medgen.networks.dropout_unet import DropoutUNet, GaussianDropout
 from medgen.networks.encoders import (
     ConvNeXtEncoder,
@@ -14,6 +15,7 @@ from medgen.networks.encoders import (
 )
 from medgen.networks.latent_generator import LatentGenerator, LatentStatistics, latent_statistics
 from medgen.networks.pggan import PGGAN_PRESETS, PGGANDiscriminator, PGGANGenerator
+from medgen.networks.pretrained import load_pretrained
 from medgen.networks.stylegan2 import (
     STYLEGAN2_PRESETS,
     StyleGAN2Discriminator,
@@ -26,6 +28,8 @@ __all__ = [
     "STYLEGAN2_PRESETS",
     "CLIPTextConditioner",
     "ConvNeXtEncoder",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
     "DropoutUNet",
     "GaussianDropout",
     "KLAutoencoder",
@@ -43,6 +47,7 @@ __all__ = [
     "begin_encoder",
     "latent_statistics",
     "load_autoencoder",
+    "load_pretrained",
     "make_conditioner",
     "transfer_stylegan2",
 ]

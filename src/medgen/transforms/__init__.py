@@ -24,12 +24,14 @@ from medgen.transforms.background import InBackground
 from medgen.transforms.captions import Captiond, RandCaptiond, RandDropLabeld
 from medgen.transforms.channels import EnsureChannels, EnsureChannelsd
 from medgen.transforms.check import CheckImage, CheckImaged
+from medgen.transforms.diff_augment import DiffAugment
 from medgen.transforms.latents import AugmentedCopiesd, LoadLatentd, transform_digest
 from medgen.transforms.outline import draw_outlines
 from medgen.transforms.resize import ResizeShorterSide, ResizeShorterSided
 from medgen.transforms.save import SaveArray, SaveArrayd, SavePNG, SavePNGd
 from medgen.transforms.save_anomaly import SaveAnomalyDICOMd, SaveMapd, SaveOverlayd
 from medgen.transforms.save_dicom import SaveDICOM, SaveDICOMd
+from medgen.transforms.save_probabilities import SaveProbabilitiesd, write_predictions
 from medgen.transforms.save_projection import ProjectionRecord, SaveProjectiond, SaveUnlessDiverged
 from medgen.transforms.save_region import SaveRegiond, bounding_box
 from medgen.transforms.save_scores import SaveScoresd, score_images
@@ -44,6 +46,7 @@ __all__ = [
     "Captiond",
     "CheckImage",
     "CheckImaged",
+    "DiffAugment",
     "EnsureChannels",
     "EnsureChannelsd",
     "FitAnomalyMaskd",
@@ -65,6 +68,7 @@ __all__ = [
     "SaveOverlayd",
     "SavePNG",
     "SavePNGd",
+    "SaveProbabilitiesd",
     "SaveProjectiond",
     "SaveRegiond",
     "SaveScoresd",
@@ -79,4 +83,5 @@ __all__ = [
     "pair_reconstructions",
     "score_images",
     "transform_digest",
+    "write_predictions",
 ]
