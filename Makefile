@@ -1,10 +1,10 @@
-# make demo | make test | make lint | make bench: each first makes .venv and installs requirements.txt
+# make demo | make study | make test | make lint | make bench: each first makes .venv and installs requirements.txt
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench
+.PHONY: demo study test lint bench
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -26,6 +26,14 @@ BUNDLE ?= cxr_autoencoder_kl
 demo: $(VENV)/.installed
 	@test -x bundles/$(BUNDLE)/demo.sh || { echo "no bundle $(BUNDLE) with a demo; there are: $(patsubst bundles/%/demo.sh,%,$(wildcard bundles/*/demo.sh))" >&2; exit 1; }
 	PYTHON=$(PY) OUT="$(OUT)" DATALIST="$(DATALIST)" DATASET_DIR="$(DATASET_DIR)" bundles/$(BUNDLE)/demo.sh
+
+# make study DATALIST=...: trains and measures all presets of a bundle and writes one table; what is done is not done again.
+# BUNDLE=augmentation_classifier is the other bundle with a study; ARGS="--epoch_share 0.01" passes settings on
+study: BUNDLE := skin_sngan
+study: $(VENV)/.installed
+	@test -f bundles/$(BUNDLE)/configs/study.json || { echo "no bundle $(BUNDLE) with a study; there are: $(patsubst bundles/%/configs/study.json,%,$(wildcard bundles/*/configs/study.json))" >&2; exit 1; }
+	@test -f "$(DATALIST)" || { echo "make study needs real images, got no file '$(DATALIST)'; name them with DATALIST=/data/datalist.json" >&2; exit 1; }
+	$(PY) -m monai.bundle run --config_file bundles/$(BUNDLE)/configs/study.json --bundle_root bundles/$(BUNDLE) --datalist "$(DATALIST)" $(if $(DATASET_DIR),--dataset_dir "$(DATASET_DIR)") $(if $(OUT),--output_dir "$(OUT)") $(ARGS)
 
 # one thread each: two processes that compute with two threads each are slower than one
 WORKERS ?= 2

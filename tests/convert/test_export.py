@@ -35,6 +35,7 @@ TINY_DIFFUSION = {
 }
 TINY_STYLES = {"_target_": "medgen.networks.StyleGAN2Generator", "image_size": 16, "latent_dim": 8, "w_dim": 8}
 NETWORKS = {
+    "augmentation_classifier": ("demo.json",),
     "cxr_autoencoder_kl": ("demo.json",),
     "cxr_inversion_encoder": ("demo.json",),
     "cxr_inversion_encoder w+": ("w_plus.json", "demo.json"),
@@ -42,6 +43,7 @@ NETWORKS = {
     "cxr_latent_diffusion labels": ("labels.json", TINY_DIFFUSION),
     "cxr_pggan": ("demo.json",),
     "lung_segmentation": ("demo.json",),
+    "skin_sngan": ("demo.json",),
     "stylegan2_anomaly": ("demo.json",),
     "stylegan2_anomaly classes": ({"network_def": {**TINY_STYLES, "num_classes": 3}},),
 }
@@ -139,7 +141,12 @@ def test_every_network_equals_itself(tmp_path, tmp_path_factory, name, file_form
     assert done.compared == 4
     assert done.spread > 1e-3
     assert done.difference <= (1e-5 if file_format == "onnx" else 1e-6) * done.spread
-    is_free = bundle.name in ("cxr_autoencoder_kl", "cxr_latent_diffusion", "lung_segmentation")
+    is_free = bundle.name in (
+        "augmentation_classifier",
+        "cxr_autoencoder_kl",
+        "cxr_latent_diffusion",
+        "lung_segmentation",
+    )
     assert ("*n" in done.inputs) == is_free
 
 

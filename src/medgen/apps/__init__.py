@@ -10,6 +10,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "augmentation_study": ["AugmentationStudy"],
         "compression": [
             "JPEG",
             "JPEG2000",
@@ -25,8 +26,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "directions": ["Directions", "ganspace", "move", "orthogonalise", "sefa"],
         "disentanglement": ["disentangle"],
         "factor_scores": ["factor_scores", "FactorScores"],
+        "generator_study": ["GeneratorStudy"],
         "manipulation": ["changed_region", "manipulate", "parse_strengths"],
         "probes": ["Factor", "find_factors", "fit_probe", "Probe"],
+        "runs": ["end_study", "Run", "run_all", "run_config", "Step"],
         "stylisation": ["StylisedSet", "select_images"],
     },
 )

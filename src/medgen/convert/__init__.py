@@ -7,9 +7,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "dcgan": ["convert_dcgan", "ConvertedDCGAN"],
         "export": ["Exported", "export_network"],
         "formats": ["FORMATS", "TOLERANCE"],
         "latent_diffusion": ["ConvertedNetwork", "convert_latent_diffusion", "convert_state_dict"],
+        "medimagegan": ["ControlOverlay", "convert_control_file"],
         "mlflow_model": ["find_logged_weights", "read_exported_weights", "read_logged_weights"],
         "pggan": ["ConvertedPGGAN", "PGGANWeights", "convert_pggan"],
         "pggan_pickle": ["SnapshotNetwork", "read_pggan_pickle"],

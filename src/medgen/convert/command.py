@@ -395,6 +395,42 @@ def to_stylegan2_ada(
     typer.echo(f"{len(official)} tensors of {source} under their official names -> {output}")
 
 
+@app.command("dcgan")
+def dcgan(
+    source: Annotated[
+        Path, typer.Argument(help="Generator of MedImageGAN, or of PyTorch's DCGAN example: state dict or module.")
+    ],
+    output: Output,
+    config: Config = None,
+    force: Force = False,
+) -> None:
+    """DCGAN generator of PyTorch's example, and of MedImageGAN, to model.pt and an overlay."""
+    config = _targets(output, config, force)
+    from medgen.convert.dcgan import convert_dcgan
+
+    converted = convert_dcgan(source)
+    _write_files(converted.state, converted.overlay, output, config)
+    found = ", ".join(f"{name} {value}" for name, value in converted.overlay.items())
+    typer.echo(f"{source}: {found} -> {output}, {config} with these settings")
+
+
+@app.command("medimagegan")
+def medimagegan(
+    source: Annotated[Path, typer.Argument(help="Control file of MedImageGAN (YAML).")],
+    output: Annotated[Path, typer.Option("--output", help="Overlay of train.json, or of inference.json, to write.")],
+    force: Force = False,
+) -> None:
+    """Control file of MedImageGAN to an overlay of train.json; of arch Generator, of inference.json."""
+    _check_target("--output", output, ".json", force)
+    from medgen.convert.medimagegan import convert_control_file
+
+    converted = convert_control_file(source, output)
+    _write_json(converted.settings, output, "--output")
+    typer.echo(f"{source} -> {output}, an overlay of {converted.config}")
+    for note in converted.notes:
+        typer.echo(note)
+
+
 class LatentOptions(NamedTuple):
     """What is said on the command line about a network of latent diffusion."""
 

@@ -28,7 +28,7 @@ from torch import nn
 from medgen.bundle_config import build_network
 from medgen.convert.formats import FORMATS, TOLERANCE
 from medgen.errors import UserError
-from medgen.networks import PGGANGenerator, StyleGAN2Generator
+from medgen.networks import DCGANGenerator, PGGANGenerator, StyleGAN2Generator
 from medgen.settings import check_choice
 from medgen.weights import load_weights
 
@@ -194,7 +194,7 @@ def _load(bundle: Path, overlays: Sequence[str | Path], weights: str | Path | No
 def _inputs(network: nn.Module, metadata: Mapping[str, Any]) -> dict[str, _Input]:
     """Arguments of a network by name: what ``metadata.json`` says, with what it has no words for."""
     first = next(iter(inspect.signature(network.forward).parameters))
-    if isinstance(network, PGGANGenerator | StyleGAN2Generator):
+    if isinstance(network, DCGANGenerator | PGGANGenerator | StyleGAN2Generator):
         inputs = {first: _Input((network.latent_dim,), (False,), torch.randn)}
         if network.num_classes:
             # weights of the classes rather than an index, which takes no mixture

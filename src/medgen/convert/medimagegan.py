@@ -1,0 +1,239 @@
+"""Control files of MedImageGAN as overlays of a bundle that trains, or samples, a DCGAN or SNGAN.
+
+The control file is YAML of plain values, one a line. What the source's code makes of them is kept where it is a meaning
+(a ``learning_rate`` from 1 on, ``out`` and ``run``), and left where it is a slip (the seed is used, not dropped).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from medgen.errors import UserError
+
+__all__ = ["ControlOverlay", "convert_control_file"]
+
+PRESETS = {"DCGAN": "batch_16", "SNGAN": "spectral_norm"}  # of the trainings' settings; a file's own go before
+GENERATOR = "Generator"
+LEARNING_RATE = 2e-4  # both networks' where learning_rate is a factor
+
+
+class ControlOverlay(NamedTuple):
+    """What a control file becomes.
+
+    Attributes:
+        config: the bundle's config that it is laid over, ``train.json`` or ``inference.json``.
+        settings: id -> value.
+        notes: what else is to be done, or was understood how, one line each.
+    """
+
+    config: str
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader of plain values, which also refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping of plain values."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"each key of a control file must stand once, got {key!r:.60} {keys.count(key)} times")
+        return super().construct_mapping(node, deep)
+
+
+def _whole(minimum: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"a whole number of at least {minimum}")
+        return value
+
+    return read
+
+
+def _real(low: float, high: float) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        try:
+            number = float(value)  # YAML 1.1 takes 2e-4, without a point, for text
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not low < number < high:
+            raise ValueError(f"a number above {low:g}" + (f" and below {high:g}" if math.isfinite(high) else ""))
+        return number
+
+    return read
+
+
+def _one_of(*choices: Any) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if isinstance(value, bool) or value not in choices:
+            raise ValueError(", ".join(map(str, choices[:-1])) + f" or {choices[-1]}")
+        return value
+
+    return read
+
+
+def _text(value: Any) -> str:
+    # in a config, text that begins so is code or a reference
+    if not isinstance(value, str) or not value or value[0] in "$@%":
+        raise ValueError("text that does not begin with $, @ or %")
+    return value
+
+
+_SIZE = _one_of(16, 32, 64, 128, 256, 512)
+_OF_BOTH: dict[str, Callable[[Any], Any]] = {
+    "arch": _one_of(*PRESETS, GENERATOR),
+    "path": _text,
+    "out": _text,
+    "run": _text,
+    "n_gpu": _whole(0),
+    "image_size": _SIZE,
+}
+_OF_TRAINING = _OF_BOTH | {
+    "seed": _whole(0),
+    "num_epochs": _whole(1),
+    "learning_rate": _real(0, math.inf),
+    "beta_adam": _real(-1e-12, 1),  # 0 is a value of its own
+    "batch_size": _whole(1),
+    "latent_vector": _whole(1),
+    "loader_workers": _whole(0),
+    "number_channels": _one_of(1, 3),
+    "gen_feature_maps": _whole(1),
+    "dis_feature_maps": _whole(1),
+}
+_OF_SAMPLING = _OF_BOTH | {"quantity": _whole(1)}
+# theirs -> the bundle's id, where the value is the same
+_TRAINING_IDS = {
+    "seed": "seed",
+    "num_epochs": "epochs",
+    "beta_adam": "beta0",
+    "latent_vector": "latent_dim",
+    "image_size": "image_size",
+    "loader_workers": "num_workers",
+    "number_channels": "in_channels",
+    "gen_feature_maps": "g_channels",
+    "dis_feature_maps": "d_channels",
+}
+
+
+def convert_control_file(path: str | os.PathLike, overlay: str | os.PathLike) -> ControlOverlay:
+    """A control file of MedImageGAN as an overlay.
+
+    Keys that it lacks keep the value of the bundle's preset.
+
+    Args:
+        path: YAML file; nothing in it is executed.
+        overlay: where the overlay will be written, for the commands among the notes.
+
+    Raises:
+        UserError: not such a file, an unknown key, or a value that cannot be.
+    """
+    given = _read(path)
+    arch = given.get("arch")
+    known = _OF_SAMPLING if arch == GENERATOR else _OF_TRAINING
+    if unknown := [key for key in given if key not in known]:
+        kind = f"a control file of arch {arch}" if arch in (*PRESETS, GENERATOR) else "a control file"
+        raise UserError(
+            f"{kind} has the keys {', '.join(known)}, got {unknown[0]!r:.60} in {path}; remove or rename it"
+        )
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = known[key](value)
+        except ValueError as error:
+            raise UserError(f"{key} of {path} must be {error}, got {value!r:.60}") from error
+    if "arch" not in values:
+        raise UserError(f"{path} must have the key arch with {', '.join(PRESETS)} or {GENERATOR}; add it")
+    return (_sampling if arch == GENERATOR else _training)(values, overlay)
+
+
+def _read(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, _Loader)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a control file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} must be a control file in YAML, got one that cannot be read ({reason})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be a control file in YAML, with lines KEY: VALUE, got {type(content).__name__}")
+    return content
+
+
+def _training(values: Mapping[str, Any], overlay: str | os.PathLike) -> ControlOverlay:
+    settings: dict[str, Any] = {"preset": PRESETS[values["arch"]]}
+    settings |= {ours: values[theirs] for theirs, ours in _TRAINING_IDS.items() if theirs in values}
+    notes = []
+    if "learning_rate" in values:
+        rate = values["learning_rate"]
+        if rate >= 1:
+            settings |= {"g_lr": LEARNING_RATE, "d_lr": LEARNING_RATE * rate}
+            notes.append(f"learning_rate {rate:g} is a factor: {LEARNING_RATE * rate:g} of D, {LEARNING_RATE:g} of G")
+        else:
+            settings |= {"g_lr": rate, "d_lr": rate}
+    # the source's code smooths none, though its experiments say so; the preset of SNGAN does
+    settings["real_label"] = 1.0
+    command = "python -m monai.bundle run"
+    gpus = values.get("n_gpu", 1)
+    if "batch_size" in values:
+        batch = values["batch_size"]  # of all GPUs together, as DataParallel divides it
+        settings["batch_size"] = batch if gpus < 2 else f"$medgen.engines.batch_per_process({batch})"
+    files = ["configs/train.json", str(Path(overlay).resolve())]
+    if gpus > 1:
+        command = f"torchrun --standalone --nproc_per_node {gpus} -m monai.bundle run"
+        files.insert(1, "configs/multi_gpu_train.json")
+    elif "n_gpu" in values:
+        settings["device"] = _device(gpus)
+    settings |= _output_dir(values)
+    images, side = values.get("path", "IMAGES"), settings.get("image_size", "SIZE")
+    notes.append(
+        "a training reads a datalist instead of a folder: python -m preprocessing.images --source "
+        f"{shlex.quote(images)} --target DATA --folder-labels --size {side}"
+    )
+    notes.append(
+        f"then, in the bundle's folder: {command} --config_file {_listed(files)} --datalist DATA/datalist.json"
+    )
+    return ControlOverlay("train.json", settings, tuple(notes))
+
+
+def _sampling(values: Mapping[str, Any], overlay: str | os.PathLike) -> ControlOverlay:
+    settings: dict[str, Any] = {"image_size": values["image_size"]} if "image_size" in values else {}
+    if "quantity" in values:
+        settings["seeds"] = f"0-{values['quantity'] - 1}"
+    if "n_gpu" in values:
+        settings["device"] = _device(min(values["n_gpu"], 1))  # several would take a share each, by --shard
+    settings |= _output_dir(values)
+    weights = Path(settings.get("output_dir", "OUT")) / "model.pt"
+    settings["model_path"] = str(weights)
+    files = ["configs/inference.json", str(weights.with_suffix(".json")), str(Path(overlay).resolve())]
+    notes = (
+        f"the weights: medgen convert dcgan {shlex.quote(values.get('path', 'WEIGHTS'))} --output "
+        f"{shlex.quote(str(weights))}",
+        f"in the bundle's folder: python -m monai.bundle run --config_file {_listed(files)}",
+    )
+    return ControlOverlay("inference.json", settings, notes)
+
+
+def _device(gpus: int) -> str:
+    return "cuda:0" if gpus else "cpu"
+
+
+def _output_dir(values: Mapping[str, Any]) -> dict[str, str]:
+    """The source puts ``out`` and ``run`` before its files' names; here they are a folder and one within it."""
+    parts = [values[key] for key in ("out", "run") if key in values]
+    return {"output_dir": str(Path(*parts))} if parts else {}
+
+
+def _listed(files: list[str]) -> str:
+    """Config files as MONAI's command line takes several."""
+    text = "[" + ",".join(f"'{name}'" for name in files) + "]"
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
