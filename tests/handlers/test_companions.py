@@ -28,7 +28,7 @@ def training(folder: Path, name: str, prediction_type: str = "v_prediction") -> 
     path = folder / "models" / "model.pt"
     files = {"autoencoder.pt": folder / name / "ae.pt", "scaling.json": folder / name / "scaling.json"}
     about = {"prediction_type": prediction_type, "scale": (0.5,)}
-    return BestModelSaver(network, path, companions=ModelCompanions(path, files, about))
+    return BestModelSaver(network, path, companions=ModelCompanions(path, files, about, {"dataset": name}))
 
 
 def validate(saver: BestModelSaver, value: float) -> None:
@@ -42,12 +42,16 @@ def names(folder: Path) -> dict[str, str]:
     found = {
         name: (folder / name).read_text() for name in ("autoencoder.pt", "scaling.json") if (folder / name).exists()
     }
+    if (folder / "trained_on.json").exists():
+        record = json.loads((folder / "trained_on.json").read_text())
+        assert record.pop("weights") == "model.pt"
+        found["trained_on.json"] = record["dataset"]
     if (folder / "model.pt").exists():
         found["model.pt"] = chr(int(torch.load(folder / "model.pt", weights_only=True)["weight"].item()))
     return found
 
 
-ALL = ("autoencoder.pt", "scaling.json", "model.pt")
+ALL = ("autoencoder.pt", "scaling.json", "trained_on.json", "model.pt")
 
 
 def test_companions_come_with_the_first_weights_and_go_with_the_old(tmp_path):
@@ -83,7 +87,7 @@ def test_later_weights_leave_the_companions_alone(tmp_path):
     assert not (tmp_path / "models" / "previous").exists()
 
 
-@pytest.mark.parametrize("moment", range(7))
+@pytest.mark.parametrize("moment", range(9))
 def test_a_kill_leaves_no_weights_with_the_companions_of_others(tmp_path, monkeypatch, moment):
     models = tmp_path / "models"
     validate(training(tmp_path, "z"), 3.0)
@@ -110,6 +114,7 @@ def test_a_kill_leaves_no_weights_with_the_companions_of_others(tmp_path, monkey
     for folder in (models, models / "previous"):
         found = names(folder)
         assert "model.pt" not in found or len(set(found.values())) == 1
+        assert "model.pt" not in found or "trained_on.json" in found  # not for a moment without
         if "model.pt" in found and (folder / "trained_as.json").exists():
             check_trained_as(
                 folder / "model.pt", prediction_type="epsilon" if found["model.pt"] == "b" else "v_prediction"
@@ -118,6 +123,34 @@ def test_a_kill_leaves_no_weights_with_the_companions_of_others(tmp_path, monkey
     validate(training(tmp_path, "b", "epsilon"), 1.0)
     assert names(models) == dict.fromkeys(ALL, "b")
     check_trained_as(models / "model.pt", prediction_type="epsilon")
+
+
+def test_resumed_training_of_an_older_version_leaves_its_record_with_its_next_weights(tmp_path):
+    older = BestModelSaver(nn.Linear(1, 1, bias=False), tmp_path / "models" / "model.pt")
+    validate(older, 1.0)
+    resumed = training(tmp_path, "a")
+    resumed.load_state_dict(older.state_dict())
+
+    validate(resumed, 0.5)
+
+    assert names(tmp_path / "models") == dict.fromkeys(ALL, "a")
+    assert not (tmp_path / "models" / "previous").exists()
+
+
+def test_only_what_a_training_knows_of_itself_lies_beside_its_weights(tmp_path):
+    validate(training(tmp_path, "a"), 1.0)
+    path = tmp_path / "models" / "model.pt"
+    network = nn.Linear(1, 1, bias=False)
+
+    validate(BestModelSaver(network, path, companions=ModelCompanions(path, trained_on={"dataset": "b"})), 1.0)
+    assert not path.with_name("trained_as.json").exists()
+    assert names(path.parent)["trained_on.json"] == "b"
+    check_trained_as(path.parent / "previous" / "model.pt", prediction_type="v_prediction")
+
+    validate(BestModelSaver(network, path, companions=ModelCompanions(path, record={"space": "z"})), 1.0)
+    assert not path.with_name("trained_on.json").exists()
+    assert not (path.parent / "previous" / "trained_as.json").exists()
+    assert names(path.parent / "previous")["trained_on.json"] == "b"
 
 
 def test_the_autoencoder_may_lie_beside_the_weights_already(tmp_path):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from medgen.errors import UserError
 from medgen.handlers import GeneratorMetrics
-from medgen.metrics import frd_score, pairwise_ms_ssim
+from medgen.metrics import frd_score, kernel_distance, paired_quality, pairwise_ms_ssim
+from medgen.metrics.frd import normalise_features
 from medgen.metrics.radiomics import RadiomicsExtractor
 from medgen.metrics.sliced_wasserstein import sliced_wasserstein_distance
 
@@ -52,10 +53,22 @@ def measure(handler, pred, image, patients=None, labels=None, batch_size=3):
     return engine.state.metrics
 
 
+def radiomics_of(*sets):
+    """Features of each set of images, and their names."""
+    extractor = RadiomicsExtractor("frd_v1")
+    tables = [np.stack([extractor.on_image(image.numpy()) for image in images]) for images in sets]
+    return *tables, extractor.feature_names
+
+
 def frd(real, samples):
-    radiomics = RadiomicsExtractor("frd_v1")
-    tables = [np.stack([radiomics.on_image(image.numpy()) for image in images]) for images in (real, samples)]
-    return frd_score(*tables, "frd_v1", radiomics.feature_names)
+    *tables, names = radiomics_of(real, samples)
+    return frd_score(*tables, "frd_v1", names)
+
+
+def kid(real, samples, **patients):
+    *tables, names = radiomics_of(real, samples)
+    normal = normalise_features(*tables, names, "frd_v1")
+    return kernel_distance(np.arcsinh(normal.reference), np.arcsinh(normal.samples), **patients)
 
 
 def test_figures_are_those_of_the_metrics_themselves(tmp_path):
@@ -69,11 +82,13 @@ def test_figures_are_those_of_the_metrics_themselves(tmp_path):
     assert found["ms_ssim_samples"] == pytest.approx(pairwise_ms_ssim(pred).mean, abs=1e-6)
     assert found["ms_ssim_test"] == pytest.approx(pairwise_ms_ssim(image).mean, abs=1e-6)
     assert found["frd"] == pytest.approx(frd(image, pred), rel=1e-6)
+    assert found["kid"] == pytest.approx(kid(image, pred), rel=1e-6)
     swd = sliced_wasserstein_distance(image.numpy(), pred.numpy())
     assert {side: found[f"swd_{side}"] for side in (64, 32, 16)} == pytest.approx(swd, rel=1e-4)
     assert found["swd"] == pytest.approx(np.mean(list(swd.values())), rel=1e-4)
-    for name in ("frd", "swd", "swd_64", "swd_32", "swd_16"):
+    for name in ("frd", "kid", "swd", "swd_64", "swd_32", "swd_16"):
         assert {f"{name}_equal_n", f"{name}_real"} <= set(found)
+    assert not any(name.startswith("unpaired") for name in found)
     assert np.asarray(Image.open(tmp_path / "picture.png")).shape == (2 * 64 + 2, 8 * 64 + 7 * 2)
 
 
@@ -87,6 +102,9 @@ def test_images_like_the_real_ones_are_as_near_as_those_are_to_each_other(tmp_pa
         assert near[f"{name}_real"] == far[f"{name}_real"]
         assert near[f"{name}_equal_n"] == pytest.approx(near[f"{name}_real"], rel=0.3)
         assert far[f"{name}_equal_n"] > 1.2 * near[f"{name}_equal_n"]
+    # this one has no bias to share: all images may be compared, and alike ones are at 0
+    assert abs(near["kid"]) < 0.1 * far["kid"]
+    assert abs(near["kid_real"]) < 0.1 * far["kid"]
 
 
 def test_real_images_are_averaged_to_the_size_of_the_generated_ones(tmp_path):
@@ -137,6 +155,49 @@ def test_pixels_are_held_once(tmp_path):
     assert [left for _, left in seen] == [{}, {}]  # of the single images none is left beside them
 
 
+def test_kernel_distance_compares_no_images_of_one_patient(tmp_path, caplog):
+    pred, image = textures(8, 16, 0), textures(4, 16, 1).repeat_interleave(2, 0)
+
+    found = measure(GeneratorMetrics(tmp_path / "p.png"), pred, image, patients=list("aabbccdd"))
+
+    assert found["kid"] == pytest.approx(kid(image, pred, x_patients=list("aabbccdd")), rel=1e-6)
+    assert found["kid"] < kid(image, pred)
+    with caplog.at_level(logging.WARNING):
+        found = measure(GeneratorMetrics(tmp_path / "p.png"), pred, textures(8, 16, 2), patients=list("aaaaaaaa"))
+    assert "kid is left out: expected images of at least 2 patients, got 1 patient" in caplog.text
+    assert "frd" in found
+
+
+def test_figures_of_the_source_are_of_images_that_have_nothing_to_do_with_each_other(tmp_path, caplog):
+    pred, image = textures(5, 32, 0) * 0.5, textures(5, 32, 1)
+    image = torch.cat([image, 1 - image, image**2], 1)  # colour
+    pred = torch.cat([pred, pred, 1 - pred], 1)
+    pred[4] = 0.5  # collapsed: it has no range to be stretched to
+
+    found = measure(GeneratorMetrics(tmp_path / "p.png", source_metrics=True), pred, image)
+
+    def stretched(images):
+        levels = (images * 255).round()
+        low, high = (end(levels, dim=(1, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
+        return (levels - low) / (high - low).clamp(min=1)
+
+    names = ["psnr", "ssim", "ms_gmsd", "mdsi", "haarpsi"]
+    for suffix, other in (("", stretched(pred)), ("_real", stretched(image.roll(-1, 0)))):
+        expected = paired_quality(stretched(image), other, names).summary
+        for name in names:
+            assert found[f"unpaired_{name}{suffix}"] == pytest.approx(expected[name].mean, rel=1e-4), name
+    psnr = -10 * (stretched(pred) - stretched(image)).double().square().mean((1, 2, 3)).log10().mean()
+    assert found["unpaired_psnr"] == pytest.approx(float(psnr), rel=1e-5)
+    with caplog.at_level(logging.WARNING):
+        small = measure(
+            GeneratorMetrics(tmp_path / "p.png", source_metrics=True), pred[..., :16, :16], image[..., :16, :16]
+        )
+    assert "unpaired MS-GMSD left out: images of 16 pixels are too small" in caplog.text
+    assert {name for name in small if "unpaired" in name and "real" not in name} == {
+        f"unpaired_{name}" for name in names if name != "ms_gmsd"
+    }
+
+
 def test_halves_share_no_patient(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = measure(GeneratorMetrics(tmp_path / "p.png"), textures(6, 16, 0), textures(6, 16, 1), list("aabbcc"))
@@ -160,7 +221,7 @@ def test_a_collapsed_generator_has_no_radiomics(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = measure(GeneratorMetrics(tmp_path / "p.png"), torch.full((6, 1, 16, 16), 0.5), textures(6, 16, 1))
 
-    assert "frd is left out: none of the 6 images gives frd_v1 features" in caplog.text
+    assert "frd and kid are left out: none of the 6 images gives frd_v1 features" in caplog.text
     assert "frd" not in found
     assert found["swd"] > 0
 

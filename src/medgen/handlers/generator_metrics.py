@@ -16,8 +16,17 @@ from torch.nn import functional as F
 
 from medgen.errors import UserError
 from medgen.handlers.set_metrics import SHOWN, SetMetrics
-from medgen.metrics import frd_score, get_protocol, make_extractor, ms_ssim_kernel_size
+from medgen.metrics import (
+    PAIRED_METRICS,
+    frd_score,
+    get_protocol,
+    kernel_distance,
+    make_extractor,
+    ms_ssim_kernel_size,
+    paired_quality,
+)
 from medgen.metrics.feature_set import FeatureSet
+from medgen.metrics.frd import normalise_features
 from medgen.metrics.sliced_wasserstein import REAL, SAMPLES, pyramid_sides, set_descriptors, sliced_wasserstein
 
 __all__ = ["GeneratorMetrics"]
@@ -26,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # of a distance: (rows of real images, rows of samples) -> distance, and those rows
 Distance = tuple[Callable[..., float], FeatureSet, FeatureSet]
+BY_PATIENT = {"kid"}  # distances that leave out pairs of images of one patient
+UNPAIRED = ("psnr", "ssim", "ms_gmsd", "mdsi", "haarpsi")  # of PAIRED_METRICS, those that MedImageGAN reports
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,27 @@ class _PixelSet(Sequence[np.ndarray]):
         return self.pixels[index].astype(np.float32) / 255
 
 
+class _Stretched(Sequence[np.ndarray]):
+    """Images of a set, each stretched to its own least and greatest value, as MedImageGAN does before it measures.
+
+    Args:
+        images: the set, (C, H, W) each.
+        shift: by how many places the images are moved on, round the end.
+    """
+
+    def __init__(self, images: _PixelSet, shift: int = 0) -> None:
+        self.images, self.shift = images, shift
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(C, H, W) float32 from 0 to 1; an image of one value is black."""
+        image = self.images[(index + self.shift) % len(self.images)]
+        low, high = image.min(), image.max()
+        return (image - low) / (high - low or 1)
+
+
 class GeneratorMetrics(SetMetrics):
     """Diversity of generated and of real images, and the distance of the ones from the others.
 
@@ -59,12 +91,21 @@ class GeneratorMetrics(SetMetrics):
     - ``frd``: Fréchet radiomic distance (version 1, log d²) of samples from real images;
     - ``swd``: sliced Wasserstein distance × 1000 (Karras et al. 2018, section 5), the mean of ``swd_64``, ``swd_32``,
       ``swd_16``, those of the levels of the images' Laplacian pyramids by their sides;
-    - ``frd_real``, ``swd_real``: the same between random halves of the real images, and ``frd_equal_n``,
-      ``swd_equal_n`` between such a half and as many samples. Both distances fall with n: these may be compared, and a
-      perfect generator would have them equal;
+    - ``kid``: unbiased kernel distance (Binkowski et al. 2018) of the radiomic features of ``frd``, brought to one
+      scale by the real images and their tails drawn in by the inverse hyperbolic sine, as in ``medgen report``; a
+      perfect generator has 0 on average, at any n;
+    - ``frd_real``, ``swd_real``, ``kid_real``: the same between random halves of the real images, and ``frd_equal_n``,
+      ``swd_equal_n``, ``kid_equal_n`` between such a half and as many samples. The first two distances fall with n:
+      these may be compared, and a perfect generator would have them equal;
+    - with ``source_metrics`` the five figures that MedImageGAN reports, ``unpaired_psnr``, ``unpaired_ssim``,
+      ``unpaired_ms_gmsd``, ``unpaired_mdsi``, ``unpaired_haarpsi``: means over the pairs of sample i with real image i,
+      each stretched to its own range. The two have nothing to do with each other, so that these say nothing about
+      quality and are there to stand beside that project's; ``..._real``, of each real image with the next one, is what
+      a perfect generator would have;
     - ``resolution``: side of the images; ``n_samples``, ``n_test``: images compared, as many of each;
     - of a network with classes all of these once more for each class, named ``..._class0``.
 
+    Radiomics are those of the luma of colour images; all other figures take all channels, but for MS-GMSD.
     ``medgen report`` gives intervals, precision, recall and the search for copies.
 
     Args:
@@ -73,6 +114,7 @@ class GeneratorMetrics(SetMetrics):
         seed: of the divisions, and of the patches and directions of the sliced Wasserstein distance.
         device: of MS-SSIM.
         num_workers: processes for radiomics.
+        source_metrics: whether the figures of MedImageGAN are taken as well.
     """
 
     def __init__(
@@ -82,9 +124,10 @@ class GeneratorMetrics(SetMetrics):
         seed: int = 0,
         device: str | torch.device = "cpu",
         num_workers: int = 0,
+        source_metrics: bool = False,
     ) -> None:
         super().__init__(picture, seed, device, num_workers=num_workers)
-        self.num_classes = num_classes
+        self.num_classes, self.source_metrics = num_classes, source_metrics
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator with ``pred`` and ``image`` in [0, 1]; ``patient`` and ``label`` in its batch."""
@@ -147,25 +190,50 @@ class GeneratorMetrics(SetMetrics):
             metrics |= self.diversity(sets)
         except UserError as error:
             logger.warning(f"MS-SSIM is left out: {error}")
+        if self.source_metrics:
+            metrics |= self._unpaired(sets)
         for name, (statistic, *both) in distances.items():
             real, samples = (_rows_at(rows, places) for rows in both)
             if min(len(real), len(samples)) < 2:
                 logger.warning(f"{name} is left out: it takes 2 images of each set, and fewer of these have features")
                 continue
-            metrics |= self.distances(name, statistic, real, {"samples": samples})
+            if name not in BY_PATIENT:
+                metrics |= self.distances(name, statistic, real, {"samples": samples})
+                continue
+            try:
+                metrics |= self.distances(name, statistic, real, {"samples": samples}, by_patient=True)
+            except UserError as error:  # all images of a class, or of a half, may be of one patient
+                logger.warning(f"{name} is left out: {error}")
         return metrics
 
+    def _unpaired(self, sets: dict[str, _PixelSet]) -> dict[str, float]:
+        """MedImageGAN's figures: of each real image with the sample at its place, and with the next real image."""
+        side = min(sets["test"].pixels.shape[2:])
+        names = [name for name in UNPAIRED if PAIRED_METRICS[name].min_side <= side]
+        if left := [PAIRED_METRICS[name].title for name in UNPAIRED if name not in names]:
+            logger.warning(f"unpaired {', '.join(left)} left out: images of {side} pixels are too small")
+        real = _Stretched(sets["test"])
+        others = {"": _Stretched(sets["samples"]), "_real": _Stretched(sets["test"], shift=1)}
+        found = {}
+        for suffix, images in others.items():
+            summary = paired_quality(real, images, names, device=self.device, n_resamples=2).summary
+            means = {f"unpaired_{name}{suffix}": figures.mean for name, figures in summary.items()}
+            found |= {name: mean for name, mean in means.items() if mean is not None}  # PSNR of equal images has none
+        return found
+
     def _radiomics(self, sets: dict[str, _PixelSet]) -> dict[str, Distance]:
-        """The Fréchet radiomic distance; nothing where images have no such features."""
+        """Fréchet and kernel distance of radiomic features; nothing where images have no such features."""
         protocol = get_protocol("frd_v1")
         extractor = make_extractor(protocol)
         try:
             samples, real = (self.features("frd", sets[role], protocol, extractor) for role in ("samples", "test"))
         except UserError as error:  # images of 4 pixels, or those of a generator that has collapsed
-            logger.warning(f"frd is left out: {error}")
+            logger.warning(f"frd and kid are left out: {error}")
             return {}
         real = replace(real, patients=tuple(self._patients[int(place)] for place in real.files))
-        return {"frd": (functools.partial(frd_score, version="frd_v1", names=real.names), real, samples)}
+        frechet = functools.partial(frd_score, version="frd_v1", names=real.names)
+        kernel = functools.partial(_radiomic_kernel_distance, names=real.names)
+        return {"frd": (frechet, real, samples), "kid": (kernel, real, samples)}
 
     def _patches(self, sets: dict[str, _PixelSet]) -> dict[str, Distance]:
         """The sliced Wasserstein distance, the mean and each level."""
@@ -193,6 +261,15 @@ class GeneratorMetrics(SetMetrics):
         sides = pyramid_sides(sets["test"].pixels.shape[-1])
         statistics = {"swd": mean} | {f"swd_{side}": functools.partial(of_level, i) for i, side in enumerate(sides)}
         return {name: (statistic, rows, samples) for name, statistic in statistics.items()}
+
+
+def _radiomic_kernel_distance(
+    real: NDArray[np.float64], samples: NDArray[np.float64], names: Sequence[str], **patients: Sequence[str] | None
+) -> float:
+    """Kernel distance of radiomic features, (N, D) and (M, D), named by ``names``."""
+    normal = normalise_features(real, samples, names, "frd_v1")
+    # features of slightly blurred images lie hundreds of deviations away: the cubic kernel would see nothing else
+    return kernel_distance(np.arcsinh(normal.reference), np.arcsinh(normal.samples), **patients)
 
 
 def _rows_at(rows: FeatureSet, places: NDArray[np.intp]) -> FeatureSet:

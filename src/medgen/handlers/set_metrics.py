@@ -66,7 +66,12 @@ class SetMetrics:
         return extract_features(images, protocol, extractor=extractor, **self.options)
 
     def distances(
-        self, name: str, statistic: Callable[..., float], real: FeatureSet, others: Mapping[str, FeatureSet]
+        self,
+        name: str,
+        statistic: Callable[..., float],
+        real: FeatureSet,
+        others: Mapping[str, FeatureSet],
+        by_patient: bool = False,
     ) -> dict[str, float]:
         """Distances of sets from the real images.
 
@@ -75,6 +80,7 @@ class SetMetrics:
             statistic: (reference rows, rows of a set) -> distance.
             real: rows of the real images.
             others: role -> rows of a set.
+            by_patient: whether the statistic takes the sets' patients as ``x_patients`` and ``y_patients``.
 
         Returns:
             For each role ``<name>_<role>`` (for ``samples`` ``<name>``) of all images and, with ``_equal_n``, of half
@@ -87,11 +93,14 @@ class SetMetrics:
         found = {}
         for role, given in others.items():
             key = name if role == "samples" else f"{name}_{role}"
-            found[key] = statistic(real.features, given.features)
+            known = {"x_patients": real.patients, "y_patients": given.patients} if by_patient else {}
+            found[key] = statistic(real.features, given.features, **known)
             if halves:
                 patients = {"reference_patients": real.patients, "sample_patients": given.patients}
-                equal = matched_distance(real.features, given.features, statistic, seed=self.seed, **patients)
+                options = {"seed": self.seed, "by_patient": by_patient}
+                equal = matched_distance(real.features, given.features, statistic, **patients, **options)
                 found[f"{key}_equal_n"] = equal.mean
         if halves:
-            found[f"{name}_real"] = real_baseline(real.features, real.patients, statistic, seed=self.seed).mean
+            options = {"seed": self.seed, "by_patient": by_patient}
+            found[f"{name}_real"] = real_baseline(real.features, real.patients, statistic, **options).mean
         return found
