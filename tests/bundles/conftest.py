@@ -126,7 +126,8 @@ def workflow(datalist: Path, ingredients: Callable[[Path], dict[str, str]]) -> C
         if "latents_dir" in needed and config != "train":
             # a training puts it beside its model; here it may not have run
             needed = {**needed, "scaling_path": f"{needed['latents_dir']}/scaling.json"}
-        short = {"max_epochs": 2, "max_images": 8, "tick_images": 4, "steps": 2, "val_interval": 1, "preview_steps": 2}
+        short = {"max_epochs": 2, "max_images": 8, "max_steps": 2, "tick_images": 4, "steps": 2}
+        short |= {"val_interval": 1, "preview_steps": 2}
         settings = {
             "bundle_root": str(bundle),
             "datalist": str(datalist),

@@ -118,6 +118,10 @@ def test_the_moving_average_is_kept_with_all_that_sampling_needs_beside_it(prepa
     assert trained_as["text_encoder"]
     assert trained_as["scale"] == scaling["scale"]
     assert trained_as["num_head_channels"] == [0, 32, 32]  # of which the shapes of weights say nothing
+    about = json.loads((models / "trained_on.json").read_text())
+    assert about["unknown"] == [Path(prepared["autoencoder_path"]).name]  # whose training left no record
+    assert about["images"] == {"training": 4, "validation": 2}
+    assert len(about["patients"]) == 6
 
 
 @pytest.mark.parametrize(

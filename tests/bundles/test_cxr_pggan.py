@@ -29,7 +29,8 @@ from running import (
     terminate_after_next_checkpoint,
 )
 
-from medgen.data import write_datalist
+from medgen.data import read_trained_on, write_datalist
+from medgen.data.provenance import patient_digest
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "cxr_pggan"
 TRAIN = ["configs/train.json", "configs/demo.json"]
@@ -79,7 +80,11 @@ def test_two_processes_hold_one_network_and_resume_it(datalist, tmp_path):
 def test_each_level_is_seen_in_pictures_and_kept(workflow, tmp_path):
     run(workflow(BUNDLE, "train", tmp_path, **{**FOR_SECONDS, "val_interval": 1}))
     levels = sorted(path.name for path in (tmp_path / "models" / "levels").iterdir())
-    assert levels == ["0004.pt", "0008.pt", "0016.pt", "0032.pt"]
+    assert levels == ["0004.pt", "0008.pt", "0016.pt", "0032.pt", "trained_on.json"]
+    about = read_trained_on(tmp_path / "models" / "model.pt")
+    assert about["images"] == {"training": 4, "validation": 2}
+    assert about["patients"] == sorted(patient_digest(f"p{number}") for number in range(6))
+    assert read_trained_on(tmp_path / "models" / "levels" / "0032.pt") == about
     pictures = sorted((tmp_path / "images").glob("samples_*.png"))
     assert [int(path.stem[-9:]) for path in pictures] == [8, 16, 24, 32, 40]
     shapes = {np.asarray(Image.open(path)).shape for path in pictures}
@@ -190,11 +195,11 @@ def test_levels_of_another_training_are_kept_apart(workflow, tmp_path):
     models = tmp_path / "models"
     for out, settings in (("first", FOR_SECONDS), ("second", {**FOR_SECONDS, "max_images": 20, "seed": 1})):
         run(workflow(BUNDLE, "train", tmp_path / out, model_path=str(models / "model.pt"), **settings))
-    assert sorted(path.name for path in (models / "levels").iterdir()) == ["0004.pt", "0008.pt"]
-    assert len(list((models / "levels.previous").iterdir())) == 4
+    assert sorted(path.name for path in (models / "levels").iterdir()) == ["0004.pt", "0008.pt", "trained_on.json"]
+    assert len(list((models / "levels.previous").iterdir())) == 5
     run(workflow(BUNDLE, "train", tmp_path / "second", model_path=str(models / "model.pt"), resume=True, seed=1,
                  **FOR_SECONDS))  # fmt: skip
-    assert len(list((models / "levels").iterdir())) == 4
+    assert len(list((models / "levels").iterdir())) == 5
 
 
 def test_training_begun_with_the_state_of_another_leaves_its_levels_alone(workflow, tmp_path):
@@ -204,7 +209,7 @@ def test_training_begun_with_the_state_of_another_leaves_its_levels_alone(workfl
     before = {path.name: path.read_bytes() for path in (models / "levels").iterdir()}
     run(workflow(BUNDLE, "train", tmp_path / "other", resume_from=str(tmp_path / "first"), **settings))
     assert {path.name: path.read_bytes() for path in (models / "levels.previous").iterdir()} == before
-    assert sorted(path.name for path in (models / "levels").iterdir()) == ["0016.pt", "0032.pt"]
+    assert sorted(path.name for path in (models / "levels").iterdir()) == ["0016.pt", "0032.pt", "trained_on.json"]
     undisturbed = {**settings, "model_path": str(tmp_path / "whole.pt")}
     run(workflow(BUNDLE, "train", tmp_path / "whole", **undisturbed))
     for name in ("generator", "discriminator", "ema"):
@@ -233,6 +238,11 @@ def test_training_of_one_class_sees_no_other(datalist, workflow, tmp_path):
     images = np.load(folder / "0032.npy")
     assert len(images) == 2
     assert (images == 255).all()
+    content = json.loads(Path(spoiled).read_text())
+    seen = [item["patient"] for item in content["training"] + content["validation"] if item["label"] == 1]
+    about = read_trained_on(tmp_path / "out" / "models" / "model.pt")
+    assert about["patients"] == sorted({patient_digest(patient) for patient in seen})
+    assert about["images"] == {"training": 2, "validation": 2}
 
 
 @pytest.mark.slow(reason="two trainings as processes of their own")

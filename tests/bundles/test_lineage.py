@@ -124,7 +124,9 @@ def test_training_begun_with_the_state_of_another_ends_like_one_that_was_never_i
     assert other.pop("fingerprint") == whole.pop("fingerprint")
     torch.testing.assert_close(other, whole, rtol=0, atol=0)
     # its best model is one that it has made itself: the file that was there is another training's
-    assert model.with_name("model.previous.pt").read_bytes() == before["models/model.pt"]
+    assert (model.parent / "previous" / "model.pt").read_bytes() == before["models/model.pt"]
+    assert not (model.parent / "previous" / "trained_on.json").exists()  # it had come without
+    assert model.with_name("trained_on.json").read_bytes() == before["models/trained_on.json"]
     assert model.read_bytes() != before["models/model.pt"]
     assert files_in(tmp_path / "half") == before
     (source,) = used()

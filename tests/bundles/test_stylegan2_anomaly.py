@@ -101,6 +101,10 @@ def test_pictures_show_training_images_upright_above_samples(datalist, workflow,
 
 def test_transfer_starts_from_the_given_weights_with_its_own_augmentation_and_average(workflow, tmp_path):
     run(workflow(BUNDLE, "train", tmp_path / "first", max_images=4))
+    record = tmp_path / "first" / "models" / "trained_on.json"
+    about = json.loads(record.read_text())
+    assert len(about["patients"]) == 6
+    record.write_text(json.dumps({**about, "patients": ["0" * 16]}))  # as of other data
     settings = {"transfer_generator": str(tmp_path / "first" / "models" / "model.pt"), "freeze_d": 4}
     transferred = workflow(BUNDLE, "train", tmp_path / "second", **settings)
     transferred.initialize()  # builds everything anew
@@ -115,6 +119,8 @@ def test_transfer_starts_from_the_given_weights_with_its_own_augmentation_and_av
     moved = [n for n, v in parser.get_parsed_content("discriminator").state_dict().items() if not v.equal(before[n])]
     assert moved
     assert not any(name.startswith("blocks.0.") for name in moved)
+    seen = json.loads((tmp_path / "second" / "models" / "trained_on.json").read_text())
+    assert seen == {**about, "patients": sorted([*about["patients"], "0" * 16])}
 
     parser = ConfigParser()
     parser.read_config(BUNDLE / "configs" / "train.json")

@@ -55,6 +55,7 @@ REQUIRED_FILES = [
 # networks that take more than an image, which neither MONAI's exporters nor its command line can be told; the zoo has
 # lists of such bundles, too. Shapes without the batch.
 MORE_INPUTS = {"cxr_latent_diffusion": {"timesteps": (), "context": (77, "context_dim")}}
+LENGTHS = {"max_epochs": "1", "max_images": "8", "max_steps": "1"}  # of a training, the least of each
 PRODUCTS = {"models", "output", "eval"}  # made by a run, ignored by git
 UNKNOWNS = {"p": 6, "n": 8, "any": 64}  # of a declared spatial shape: 2**p, 8*n and * become 64
 EXPORT_TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}  # another order of summation, nothing more
@@ -170,7 +171,8 @@ def test_overlays_change_only_what_a_whole_config_has(bundle):
     whole = [parsed(bundle, name) for name, config in configs.items() if "network_def" in config]
     assert whole
     for name, overlay in configs.items():
-        if name not in ("metadata", "tracking") and "network_def" not in overlay:
+        is_overlay = not {"network_def", "run"} & overlay.keys()  # a study of other configs has no network of its own
+        if name not in ("metadata", "tracking") and is_overlay:
             unknown = {key for key in overlay if not any(key.lstrip("+") in config for config in whole)}
             assert unknown <= {"finalize"}, name
 
@@ -627,7 +629,7 @@ def test_stock_mlflow_tracking_works(bundle, workflow, tmp_path):
 def test_literal_command_line_trains_and_tracks(bundle, datalist, ingredients, tmp_path):
     before = sorted(bundle.rglob("*"))
     config = read_json(bundle / "configs" / "train.json")
-    length = ["--max_epochs", "1"] if "max_epochs" in config else ["--max_images", "8"]
+    length = next([f"--{name}", number] for name, number in LENGTHS.items() if name in config)
     command = [sys.executable, "-m", "monai.bundle", "run"]
     command += ["--config_file", "['configs/train.json','configs/demo.json']", "--tracking", "configs/tracking.json"]
     command += ["--datalist", str(datalist), "--output_dir", str(tmp_path / "out")]

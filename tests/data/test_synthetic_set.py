@@ -60,6 +60,22 @@ def test_datalist_says_where_each_image_comes_from(make, tmp_path):
     assert len(load_datalist(tmp_path / "out" / "datalist.json", "training")) == 2
 
 
+def test_datalist_says_whose_images_the_generator_saw_where_that_is_known(make, tmp_path):
+    about = {"dataset": "lesions", "patients": ["0123456789abcdef"]}
+    (tmp_path / "trained_on.json").write_text(json.dumps({"weights": "model.pt", **about}))
+    samples = make([1])
+    samples.begin()
+    write(samples)
+    samples.finish()
+
+    assert json.loads((tmp_path / "out" / "datalist.json").read_text())["trained_on"] == about
+    assert "trained_on" not in json.loads((tmp_path / "out" / "generation.json").read_text())
+
+    (tmp_path / "trained_on.json").write_text('{"patients": null}')
+    with pytest.raises(UserError, match=r"trained_on\.json must hold a list of patients"):
+        make([2], resume=True).begin()  # before any image is made
+
+
 def test_images_of_a_registered_generator_name_it_but_are_the_same_set(make, tmp_path):
     samples = make([1, 2])
     samples.begin()

@@ -181,6 +181,8 @@ def test_numbers_become_metrics_and_the_rest_tags(registered):
 
 
 def test_commands_register_and_pull(vector_bundle, tmp_path):
+    trained_on = vector_bundle / "models" / "trained_on.json"
+    trained_on.write_text('{"patients": ["0123456789abcdef"]}')
     # a registry that is not there yet: MLflow must make its tables in silence
     runner, uri = CliRunner(), f"sqlite:///{tmp_path / 'mlflow.db'}"
 
@@ -203,6 +205,7 @@ def test_commands_register_and_pull(vector_bundle, tmp_path):
     assert registering.output == "registered models:/vectors/1, also models:/vectors@best\n"  # and no log of MLflow's
     assert fetching.output == f"models:/vectors@best -> {tmp_path / 'out'}\n"
     assert (tmp_path / "out" / "models" / "model.pt").read_bytes() == (vector_bundle / "models/model.pt").read_bytes()
+    assert (tmp_path / "out" / "models" / "trained_on.json").read_bytes() == trained_on.read_bytes()
 
 
 def test_command_that_fails_says_why_in_one_line(tmp_path):

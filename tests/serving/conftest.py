@@ -18,7 +18,7 @@ from medgen.data import LatentScaling, file_sha256
 from medgen.data.phantom import make_thorax
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
-OVERLAYS = {"lung_segmentation": ["small_128"]}
+OVERLAYS = {"augmentation_classifier": ["demo"], "lung_segmentation": ["small_128"], "skin_sngan": ["demo"]}
 
 
 def overlaid(bundle: Path, *overlays: str) -> dict[str, Any]:

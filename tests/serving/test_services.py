@@ -16,7 +16,7 @@ from PIL import Image
 
 from medgen.data import MedicalImageReader
 from medgen.errors import UserError
-from medgen.inferers import GeneratorInferer, LatentDiffusionSampler, PGGANInferer
+from medgen.inferers import DCGANInferer, GeneratorInferer, LatentDiffusionSampler, PGGANInferer
 from medgen.serving import limits, load_service
 from medgen.serving.service import request_images
 
@@ -67,6 +67,17 @@ def test_samples_are_those_of_the_inferer(service, name, inferer, task):
         expected = levels(inferer([5, 6, 7], served.network))
     assert [answer["seed"] for answer in answers] == [5, 6, 7]
     np.testing.assert_array_equal([picture(answer["image"]) for answer in answers], expected)
+
+
+def test_samples_in_colour_are_those_of_the_inferer(service):
+    served = service("skin_sngan", num_classes=2)
+
+    answers = served([], {"seed": 5, "num_samples": 2, "truncation_psi": 0.7})
+
+    with torch.no_grad():
+        expected = DCGANInferer(0.7)([5, 6], served.network, labels=torch.tensor([1, 0]))
+    shown = [picture(answer["image"]) for answer in answers]
+    np.testing.assert_array_equal(shown, np.rint(expected.permute(0, 2, 3, 1).double().numpy() * 255))
 
 
 def test_classes_take_turns_or_are_chosen(service):
@@ -250,6 +261,31 @@ def test_steps_of_one_request_are_not_those_of_the_next(service, png):
 def test_detector_refuses_what_does_not_fit_its_task(service, png, images, params, message):
     with pytest.raises(UserError, match=message):
         service("stylegan2_anomaly")({"image": [png] * images}, params)
+
+
+def test_class_is_that_of_the_inference(service, make_bundle, radiograph, png, tmp_path):
+    served = service("augmentation_classifier")
+    batch = preprocessed(make_bundle("augmentation_classifier"), "inference", radiograph, tmp_path, image_size=32)
+
+    (answer,) = served({"image": png})
+
+    with torch.no_grad():
+        expected = torch.softmax(served.network(batch)[0], dim=0).tolist()
+    assert answer["probabilities"] == pytest.approx({"0": expected[0], "1": expected[1]})
+    assert answer["class_index"] == int(expected[1] > expected[0])
+    assert answer["class"] == str(answer["class_index"])  # no names lie beside these weights
+
+
+def test_classes_have_the_names_of_the_training(make_bundle, png, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(make_bundle("augmentation_classifier"), tmp_path / "bundle")
+    (folder / "models" / "trained_as.json").write_text('{"label_names": ["nevus", "melanoma"], "image_size": 32}')
+
+    (answer,) = load_service(folder, "cpu")({"image": png})
+
+    assert set(answer["probabilities"]) == {"nevus", "melanoma"}
+    assert answer["probabilities"][answer["class"]] == max(answer["probabilities"].values())
 
 
 def test_mask_has_the_pixels_of_the_image(service, radiograph, png):

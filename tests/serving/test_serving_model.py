@@ -47,8 +47,10 @@ def copied(make_bundle, tmp_path):
 @pytest.mark.parametrize(
     ("name", "overlays", "given", "returned"),
     [
+        ("augmentation_classifier", (), (1, ["32*n", "32*n"]), (2, [])),
         ("cxr_pggan", (), (128, []), (1, [64, 64])),
         ("stylegan2_anomaly", (), (128, []), (1, [64, 64])),
+        ("skin_sngan", (), (128, []), (3, [32, 32])),
         ("cxr_inversion_encoder", (), (1, [64, 64]), (1, [128])),
         ("cxr_inversion_encoder", ("w_plus",), (1, [64, 64]), (10, [128])),
         ("cxr_autoencoder_kl", (), (1, ["8*n", "8*n"]), (1, ["8*n", "8*n"])),

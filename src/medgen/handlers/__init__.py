@@ -5,6 +5,7 @@ from __future__ import annotations
 from medgen.handlers.animation import AnimationWriter, GridWriter, check_animation_name, write_animation
 from medgen.handlers.anomaly import DetectionFigures, ScoresCSV, image_metrics, reconstruction_metrics
 from medgen.handlers.checkpoint import BestModelSaver, TrainingCheckpoint, WeightsLoader, atomic_save
+from medgen.handlers.classification import ClassificationFigures, ClassificationGrid, PredictionsCSV
 from medgen.handlers.companions import ModelCompanions, check_trained_as
 from medgen.handlers.embedding import EmbeddingWriter, inversion_metrics
 from medgen.handlers.generator_metrics import GeneratorMetrics
@@ -21,6 +22,8 @@ from medgen.handlers.validation import ValidationAtIntervals
 __all__ = [
     "AnimationWriter",
     "BestModelSaver",
+    "ClassificationFigures",
+    "ClassificationGrid",
     "DetectionFigures",
     "DiffusionGrid",
     "EmbeddingWriter",
@@ -31,6 +34,7 @@ __all__ = [
     "MetricIntervals",
     "MetricsJSON",
     "ModelCompanions",
+    "PredictionsCSV",
     "ProjectionProgress",
     "ReconstructionGrid",
     "SampleGrid",

@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "anomaly": ["AnomalyScores", "body_region", "heat_map", "localisation_rate", "score_anomaly"],
+        "arm_comparison": ["ArmFigure", "compare_arms"],
+        "classification": ["classification_metrics", "pick_threshold"],
         "detection": [
             "auroc",
             "auroc_bootstrap",

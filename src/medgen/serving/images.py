@@ -1,4 +1,4 @@
-"""Services that take images: reconstruction, inversion, segmentation, anomaly scores."""
+"""Services that take images: reconstruction, inversion, segmentation, classification, anomaly scores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ from medgen.transforms.outline import PREDICTED
 from medgen.transforms.save_anomaly import SMALLEST_PICTURE, draw_overlay, scale_top, with_colour_bar, worst_patch
 from medgen.transforms.save_region import MOST_UNCERTAIN
 
-__all__ = ["AnomalyService", "InversionService", "ReconstructionService", "SegmentationService", "served_generator"]
+__all__ = [
+    "AnomalyService",
+    "ClassificationService",
+    "InversionService",
+    "ReconstructionService",
+    "SegmentationService",
+    "served_generator",
+]
 
 # which task of the detector a parameter belongs to; the others belong to both
 TASKS = {"steps": "score", "num_samples": "sample", "truncation_psi": "sample"}
@@ -220,6 +227,39 @@ class SegmentationService(ImageService):
             shown = deviation if settings["format"] == "array" else deviation / MOST_UNCERTAIN
             answer["uncertainty"] = encode_image(shown, settings["format"])
         return answer
+
+
+class ClassificationService(ImageService):
+    """The class of an image, and the probability of each.
+
+    Args:
+        network: the classifier, image to logits (B, K).
+        preprocessing: see :class:`~medgen.serving.ImageService`.
+        class_names: of the K classes, in their order.
+        max_images: see :class:`~medgen.serving.Service`.
+        max_pixels: see :class:`~medgen.serving.Service`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocessing: Any,
+        class_names: Sequence[str],
+        max_images: int = 8,
+        max_pixels: int = 2**24,
+    ) -> None:
+        super().__init__(network, preprocessing, [], max_images, max_pixels)
+        self.class_names = list(class_names)
+
+    def answer_one(self, image: MetaTensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """``class`` (the name of the likeliest), ``class_index`` and ``probabilities`` by name, their sum 1."""
+        probabilities = self.network(self.as_batch(self.prepare(image)))[0].float().softmax(dim=0).cpu().tolist()
+        index = max(range(len(probabilities)), key=probabilities.__getitem__)
+        return {
+            "class": self.class_names[index],
+            "class_index": index,
+            "probabilities": dict(zip(self.class_names, probabilities, strict=True)),
+        }
 
 
 class AnomalyService(ImageService):

@@ -201,7 +201,7 @@ def example(bundle: str | Path) -> list[Image.Image]:
 
 
 def _is_picture(key: str, value: Any) -> bool:
-    return isinstance(value, str) and key not in ("reason", "space")
+    return isinstance(value, str) and key not in ("class", "reason", "space")
 
 
 def _decoded(text: str) -> Image.Image:

@@ -1,0 +1,322 @@
+"""Arms of a study against its reference: the same test images, each arm trained with several seeds.
+
+N test images of P patients, S seeds, R resamples or shuffles.
+
+Two things scatter in such a study: which patients are tested, and what a training makes of its seed. A figure of an
+arm is the mean over its seeds, and what is asked for is this mean over all patients *and* all seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from medgen.errors import UserError
+from medgen.metrics.classification import CLASSIFICATION_METRICS, ScoredImages, weighted_metrics
+from medgen.metrics.detection import _widen_perfect
+from medgen.metrics.intervals import (
+    CHEAP_RESAMPLES,
+    FEWEST_FOR_PERCENTILES,
+    Estimate,
+    check_level,
+    draw_counts,
+    exact_binomial,
+    patient_codes,
+    with_few_patients,
+)
+
+__all__ = ["ArmFigure", "compare_arms"]
+
+SHUFFLES = 2000
+BLOCK = 2**18  # numbers held at a time: 2 MB stay in the cache
+
+Values = dict[str, NDArray[np.float64]]  # name of a figure -> its values
+
+
+@dataclass(frozen=True)
+class ArmFigure:
+    """A figure of an arm beside the reference's.
+
+    Args:
+        arm: name.
+        metric: name, of ``CLASSIFICATION_METRICS``.
+        value: mean over the seeds.
+        low: lower end of its interval.
+        high: upper end.
+        by_seed: seed -> value.
+        difference: mean over the seeds that both arms have of value minus the reference's; None for the reference.
+        difference_low: lower end of its interval.
+        difference_high: upper end.
+        p_value: that an arm as good as the reference differs so much from it, with other patients and other seeds.
+        p_networks: the same for these trained networks, whatever others would be: with other patients alone.
+        seeds: of the difference.
+        note: what limits the figures, one line; may be empty.
+    """
+
+    arm: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    by_seed: Mapping[int, float]
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p_value: float | None = None
+    p_networks: float | None = None
+    seeds: tuple[int, ...] = ()
+    note: str = ""
+
+
+def compare_arms(
+    arms: Mapping[str, Mapping[int, ScoredImages]],
+    patients: Sequence[str] | None,
+    reference: str = "real",
+    *,
+    names: Sequence[str] = tuple(CLASSIFICATION_METRICS),
+    resamples: int = CHEAP_RESAMPLES,
+    shuffles: int = SHUFFLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> list[ArmFigure]:
+    """Figures of each arm with intervals, and their differences from the reference with intervals and tests.
+
+    *Patients.* Their part comes from a bootstrap that draws patients, with all their images, together for all arms
+    and seeds; resamples without one of the classes are left out. The test's part comes from shuffles in which the two
+    arms exchange their predictions of a patient, all seeds and images at once, or do not; for AUROC and average
+    precision they exchange ranks within arm and seed (Venkatraman and Begg 1996), since one network's probabilities
+    need not mean what another's do. The observed arrangement counts with the shuffles: p is (1 + as extreme) /
+    (1 + shuffles), two-sided.
+
+    *Seeds.* Drawing 3 seeds with replacement would miss a third of their variance, and all of what Student's t knows
+    of so few. Their part is therefore the standard error of the mean over the seeds times a draw of Student's t with
+    S - 1 degrees of freedom, added to each resample and each shuffle. The same seed of two arms is a pair (initial
+    weights and order are as alike as the arms allow), so a difference has the standard error of the pairs' differences.
+    The scatter of the seeds on these patients holds what patients and seeds do together, and the resamples hold it a
+    second time: their part is narrowed by it, as estimated from the resamples of the single seeds.
+
+    To ask for more cannot make one surer: where few seeds agree by luck, the interval is no narrower and the p-value no
+    smaller than those of the patients alone (``p_networks``).
+
+    In 400 simulated studies of each of eight settings (1 to 5 seeds, 30 to 300 patients, 6 of the figures) with arms
+    that do not differ in truth, p was at most 0.05 in 0.3 to 6.5 % of them, and intervals of the difference held 0 in
+    92 to 100 %. The shuffles alone reach 37 % where seeds matter: they take the networks for given. With one seed
+    there is nothing else, and the note says so; with two Student's t has 1 degree of freedom, and intervals are as wide
+    as that is honest. What still is not in it: other validation images, which set the threshold, other training images,
+    and another generator.
+
+    Args:
+        arms: arm -> seed -> predictions of the N test images, all in the same order.
+        patients: (N,) patient of each image; None: each image its own.
+        reference: arm that the others are held against; without it there are no differences.
+        names: of the figures.
+        resamples: of the bootstrap, at least 200.
+        shuffles: of the test.
+        level: of confidence.
+        seed: of all draws.
+
+    Returns:
+        A figure per arm and name, by arm; the reference has no difference, nor does an arm that shares no seed with it.
+
+    Raises:
+        UserError: no arm, an arm without a seed, images that differ, fewer than two patients, or settings that are
+            none.
+    """
+    check_level(level)
+    if resamples < FEWEST_FOR_PERCENTILES or shuffles < 1:
+        raise UserError(
+            f"resamples must be at least {FEWEST_FOR_PERCENTILES} and shuffles at least 1, got {resamples} and "
+            f"{shuffles}; take {CHEAP_RESAMPLES} and {SHUFFLES}"
+        )
+    labels = _labels_of_all(arms)
+    codes = patient_codes(patients, len(labels))
+    once = np.ones((len(labels), 1))
+    values = {arm: _by_seed([weighted_metrics(s, once, names) for s in arms[arm].values()]) for arm in arms}
+    drawn = _resample(arms, codes, names, resamples, seed)
+    swapped = _swap(arms, codes, names, shuffles, reference, seed)
+    found = []
+    for arm, scored in arms.items():
+        common = [] if arm == reference else [s for s in scored if s in arms.get(reference, {})]
+        for name in names:
+            of_seeds, metric = values[arm][name][0], CLASSIFICATION_METRICS[name]
+            low, high = _interval(of_seeds, drawn[arm][name], level, seed, (metric.low, metric.high))
+            one = {"arm": arm, "metric": name, "value": float(of_seeds.mean()), "low": low, "high": high}
+            one |= {"by_seed": dict(zip(scored, of_seeds.tolist(), strict=True))}
+            edge = _at_the_edge(one, labels, patients, level)
+            one |= edge | {"note": _note(edge.get("note", ""), drawn[arm][name], labels, codes)}
+            if common:
+                own, others = ([list(arms[a]).index(s) for s in common] for a in (arm, reference))
+                gap = values[arm][name][0][own] - values[reference][name][0][others]
+                of_draws = drawn[arm][name][:, own] - drawn[reference][name][:, others]
+                reach = metric.high - metric.low
+                low, high = _interval(gap, of_draws, level, seed, (-reach, reach))
+                one |= {"difference": float(gap.mean()), "difference_low": low, "difference_high": high}
+                one |= {"seeds": tuple(common), **_p_values(gap, swapped[arm][name], seed)}
+            found.append(ArmFigure(**one))
+    return found
+
+
+def _labels_of_all(arms: Mapping[str, Mapping[int, ScoredImages]]) -> NDArray[np.intp]:
+    """(N,) of the test images, which are those of every network."""
+    networks = [scored for of_arm in arms.values() for scored in of_arm.values()]
+    if not networks or not all(arms.values()):
+        raise UserError("a comparison needs predictions of at least one seed of each arm, got an arm without any")
+    if any(not np.array_equal(scored.labels, networks[0].labels) for scored in networks):
+        raise UserError("all arms must be judged by the same test images, got others; evaluate them on one test split")
+    return networks[0].labels
+
+
+def _blocks(images: int, draws: int) -> Iterator[int]:
+    """Numbers of draws to be held at a time."""
+    rows = max(1, BLOCK // images)
+    for start in range(0, draws, rows):
+        yield min(rows, draws - start)
+
+
+def _by_seed(of_seeds: Sequence[Values]) -> Values:
+    """(R, S) by name, from (R,) by name of each seed."""
+    return {name: np.stack([one[name] for one in of_seeds], axis=1) for name in of_seeds[0]}
+
+
+def _resample(
+    arms: Mapping[str, Mapping[int, ScoredImages]],
+    codes: NDArray[np.intp],
+    names: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> dict[str, Values]:
+    """arm -> name -> (R, S): by the same draws of patients for all."""
+    rng, parts = np.random.default_rng([seed, 0]), {arm: [] for arm in arms}
+    for rows in _blocks(len(codes), resamples):
+        counts = np.ascontiguousarray(draw_counts(rng, codes, rows).T)
+        for arm, scored in arms.items():
+            parts[arm].append(_by_seed([weighted_metrics(s, counts, names) for s in scored.values()]))
+    return {arm: _stacked(blocks) for arm, blocks in parts.items()}
+
+
+def _swap(
+    arms: Mapping[str, Mapping[int, ScoredImages]],
+    codes: NDArray[np.intp],
+    names: Sequence[str],
+    shuffles: int,
+    reference: str,
+    seed: int,
+) -> dict[str, Values]:
+    """arm -> name -> (R, S) differences from the reference after patients' predictions were exchanged at random."""
+    others = arms.get(reference, {})
+    pairs = {
+        arm: [scored[s].joined(others[s]) for s in scored if s in others]
+        for arm, scored in arms.items()
+        if arm != reference
+    }
+    pairs = {arm: joined for arm, joined in pairs.items() if joined}
+    rng, parts = np.random.default_rng([seed, 1]), {arm: [] for arm in pairs}
+    for rows in _blocks(2 * len(codes), shuffles):
+        kept = (rng.random((codes.max() + 1, rows)) < 0.5)[codes].astype(np.float64)
+        first, second = np.concatenate([kept, 1 - kept]), np.concatenate([1 - kept, kept])
+        for arm, joined in pairs.items():
+            sides = [_by_seed([weighted_metrics(pair, side, names) for pair in joined]) for side in (first, second)]
+            parts[arm].append({name: sides[0][name] - sides[1][name] for name in names})
+    return {arm: _stacked(blocks) for arm, blocks in parts.items()}
+
+
+def _stacked(blocks: Sequence[Values]) -> Values:
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _interval(
+    values: NDArray[np.float64], draws: NDArray[np.float64], level: float, seed: int, ends: tuple[float, float]
+) -> tuple[float, float]:
+    """Recentred percentiles of (R, S) resamples around the mean of (S,) values, with the seeds' scatter added."""
+    draws = draws[np.isfinite(draws).all(axis=1)]
+    if len(draws) < 2:
+        raise UserError("no resample had images of each class; give test images of more patients of the rare class")
+    means = draws.mean(axis=1)
+    means -= means.mean()
+    tail = (1 - level) / 2
+    # of the patients alone, and of the seeds too: a small scatter of three seeds by luck makes nothing surer
+    quantiles = np.quantile([means, _with_seeds(means, values, draws, seed)], (tail, 1 - tail), axis=1)
+    low, high = values.mean() + quantiles[0].min(), values.mean() + quantiles[1].max()
+    return max(float(low), ends[0]), min(float(high), ends[1])
+
+
+def _p_values(values: NDArray[np.float64], swapped: NDArray[np.float64], seed: int) -> dict[str, float]:
+    """Of (S,) differences, against (R, S) after exchanges."""
+    observed, means = abs(values.mean()), swapped.mean(axis=1)
+
+    def p(chance: NDArray[np.float64]) -> float:
+        # the same arrangement summed in another order must count as equal
+        return float((1 + (np.abs(chance) >= observed - 1e-12).sum()) / (1 + len(chance)))
+
+    networks = p(means)
+    return {"p_value": max(networks, p(_with_seeds(means, values, swapped, seed))), "p_networks": networks}
+
+
+def _with_seeds(
+    around: NDArray[np.float64], values: NDArray[np.float64], draws: NDArray[np.float64], seed: int
+) -> NDArray[np.float64]:
+    """(R,) draws of the error of a mean over seeds, from (R,) draws of its part that is due to the patients.
+
+    The variance of the mean of S seeds on P patients is p/P + s/S + i/(PS) for patients, seeds and both together. The
+    draws have the first and the third, the variance of the values over the seeds divided by S has the second and the
+    third. The third is taken from the draws, not from the seeds: what is subtracted from a variance of few values makes
+    a t-test reject too often.
+
+    Args:
+        around: (R,) means of the draws over the seeds, around 0.
+        values: (S,) observed.
+        draws: (R, S) draws of these.
+        seed: of Student's t.
+    """
+    n = len(values)
+    if n == 1:
+        return around
+    together = (draws - draws.mean(axis=1, keepdims=True)).var(axis=0).sum() / (n - 1) / n
+    total = around.var()
+    narrowed = np.sqrt(max(0.0, 1 - together / total)) if total > 0 else 0.0
+    error = values.std(ddof=1) / np.sqrt(n)
+    # its quantiles in random order: a sample of them has the right ends even where R is small and t has 1 degree
+    quantiles = student.ppf((np.arange(len(around)) + 0.5) / len(around), n - 1)
+    return narrowed * around + error * np.random.default_rng([seed, 2]).permutation(quantiles)
+
+
+def _at_the_edge(
+    one: Mapping[str, Any], labels: NDArray[np.intp], patients: Sequence[str] | None, level: float
+) -> dict[str, Any]:
+    """An interval with a width, and the note that says which, where every resample gives the same 0 or 1.
+
+    Clopper and Pearson's for as many trials as there are patients (of the class concerned, or of the rarest one), and
+    Newcombe's of 2006 for an AUROC; an average precision of 1 has none.
+    """
+    name, value = one["metric"], one["value"]
+    if one["low"] != one["high"] or value not in (0.0, 1.0) or CLASSIFICATION_METRICS[name].best != "high":
+        return {}
+    codes = patient_codes(patients, len(labels))
+    of_class = [len(np.unique(codes[labels == k])) for k in range(labels.max() + 1)]
+    if name == "auroc" and len(of_class) == 2:
+        bare = Estimate(value, value, value, int((labels == 0).sum()), int(labels.sum()), level)
+        wide = _widen_perfect(bare, labels == 1, patients)
+        return {"low": wide.low, "high": wide.high, "note": wide.note.replace("anomalous", "positive")}
+    if name in ("auroc", "average_precision"):
+        return {"note": "no width, as every resample separates the classes"}
+    concerned = {"accuracy": int(codes.max()) + 1}
+    if len(of_class) == 2:
+        concerned |= {"specificity": of_class[0], "sensitivity": of_class[1]}
+    n = concerned.get(name, min(of_class))
+    low, high = exact_binomial(n if value else 0, n, level)
+    return {"low": low, "high": high, "note": f"exact binomial interval for {n} patients"}
+
+
+def _note(note: str, draws: NDArray[np.float64], labels: NDArray[np.intp], codes: NDArray[np.intp]) -> str:
+    if draws.shape[1] == 1:
+        note += "; one seed: how far trainings scatter is not in it"
+    lost = int((~np.isfinite(draws).all(axis=1)).sum())
+    if lost:
+        note += f"; {lost} resamples left out that lacked a class"
+    fewest = min(len(np.unique(codes[labels == k])) for k in np.unique(labels))
+    return with_few_patients(note, fewest).removeprefix("; ")
