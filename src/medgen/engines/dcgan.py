@@ -31,7 +31,7 @@ _BCE, _HINGE = "non_saturating", "hinge"
 _ROWS: dict[str, tuple[Any, ...]] = {
     # name             side batch   Z  base  G lr   D lr   real fake  SN    BN of D loss    n  beta0  beta1  EMA  epochs
     "dcgan":           (64, 128, 100, 64, 0.0002, 0.0002, 1.0, 0.0, False, True,  _BCE,   1, 0.5, 0.999, 0.999, 200),
-    "sngan":           (64,  16, 128, 64, 0.0002, 0.0002, 1.0, 0.0, True,  False, _HINGE, 1, 0.5, 0.999, 0.999, 200),
+    "sngan":           (64,  16, 128, 64, 0.0002, 0.0010, 1.0, 0.0, True,  False, _BCE,   1, 0.5, 0.999, 0.999, 200),
     # MedImageGAN: its experiments, one after the other, each with what the one before it had found
     "batch_128":       (64, 128, 100, 64, 0.0002, 0.0002, 1.0, 0.0, False, True,  _BCE,   1, 0.5, 0.999, 0.0, 200),
     "batch_64":        (64,  64, 100, 64, 0.0002, 0.0002, 1.0, 0.0, False, True,  _BCE,   1, 0.5, 0.999, 0.0, 200),
