@@ -308,6 +308,21 @@ def train_segmentation(bench: Bench) -> Stage:
     return bench.training("lung_segmentation", "train.json", batch, size)
 
 
+def train_sngan(bench: Bench) -> Stage:
+    """Of both classes, at 128×128."""
+    size = bench.size(16)
+    batch = {"image": torch.rand(size, 3, 128, 128), "label": torch.arange(size) % 2}
+    settings = {"image_size": 128, "num_classes": 2, "max_images": 1_000_000, "tick_images": 1_000_000}
+    return bench.training("skin_sngan", "train.json", batch, size, **settings)
+
+
+def train_classifier(bench: Bench) -> Stage:
+    """In colour, at 128×128."""
+    size = bench.size(32, 2)
+    batch = {"image": torch.rand(size, 3, 128, 128), "label": torch.arange(size) % 2}
+    return bench.training("augmentation_classifier", "train.json", batch, size, image_size=128, in_channels=3)
+
+
 STAGES: dict[str, Callable[[Bench], Stage]] = {
     "cxr_autoencoder_kl.train": train_autoencoder,
     "cxr_latent_diffusion.encode": encode_latents,
@@ -324,6 +339,8 @@ STAGES: dict[str, Callable[[Bench], Stage]] = {
     "cxr_inversion_encoder.train": train_encoder,
     "cxr_inversion_encoder.optimise": optimise_latents,
     "lung_segmentation.train": train_segmentation,
+    "skin_sngan.train": train_sngan,
+    "augmentation_classifier.train": train_classifier,
 }
 
 

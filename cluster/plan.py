@@ -43,10 +43,12 @@ BUDGETS: tuple[tuple[str, Callable[[int], int], str], ...] = (
     ("cxr_inversion_encoder.train", lambda n: 15 * n, "15 epochs"),
     ("cxr_inversion_encoder.optimise", lambda n: n, "all, 3,000 steps each"),
     ("lung_segmentation.train", lambda n: 200 * 704, "200 epochs of 704 images: Montgomery, Shenzhen"),
+    ("skin_sngan.train", lambda n: 200 * 20_265, "200 epochs of 20,265 images: ISIC 2019"),
+    ("augmentation_classifier.train", lambda n: 10_000 * 32, "10,000 steps of 32; the study: 50 times"),
 )
 
 # Images of a step that the presets have, whose modules import torch: of the finest level in the progressive GAN.
-PRESET_BATCHES = {"stylegan2_anomaly.train": 32, "cxr_pggan.train": 4}
+PRESET_BATCHES = {"stylegan2_anomaly.train": 32, "cxr_pggan.train": 4, "skin_sngan.train": 16}
 
 # Seconds of a step below which an estimate by operations says nothing: launching the kernels and talking to the other
 # GPUs are not in it.
@@ -301,10 +303,13 @@ def default_interval(stage: str) -> int:
 
     A validation has a save before and after it, counted as one here. An epoch is of the smaller data set.
     """
+    if read_setting(stage, "max_steps"):  # there, val_interval is in steps
+        return min(read_setting(stage, "checkpoint_interval"), read_setting(stage, "val_interval"))
     images = read_setting(stage, "tick_images")
-    if images is None:
+    if not isinstance(images, int):
         budget = next(budget for name, budget, _ in BUDGETS if name == stage)
-        images = budget(min(count for _, count in DATA_SETS.values())) // read_setting(stage, "max_epochs")
+        epochs = read_setting(stage, "max_epochs") or read_setting(stage, "epochs")
+        images = budget(min(count for _, count in DATA_SETS.values())) // epochs
     epoch = max(1, images // total_batch(stage))
     # interval 0: at each epoch's end
     return min(read_setting(stage, "checkpoint_interval") or epoch, epoch * read_setting(stage, "val_interval"))

@@ -36,8 +36,12 @@ SHARDED = {
     "cxr_pggan.generate",
     "lung_segmentation.predict",
     "cxr_inversion_encoder.optimise",
+    "skin_sngan.generate",
+    "skin_sngan.study",
+    "augmentation_classifier.predict",
+    "augmentation_classifier.study",
 }
-PREPROCESSING = {"mimic_cxr.images", "chestxray14.images", "rsna.images", "rsna.crop"}  # in shards
+PREPROCESSING = {"mimic_cxr.images", "chestxray14.images", "rsna.images", "rsna.crop", "isic.images"}  # in shards
 
 
 def as_job(pods: rules.Pods) -> dict:

@@ -12,6 +12,7 @@ KUBERNETES = REPOSITORY / "cluster" / "kubernetes"
 STAGES = {path.stem: json.loads(path.read_text()) for path in sorted((REPOSITORY / "cluster" / "args").glob("*.json"))}
 # what other stages read of a stage's folder; "": the folder itself
 WRITES = {
+    "augmentation_classifier.train": {"model.pt"},
     "cxr_autoencoder_kl.train": {"model.pt"},
     "cxr_inversion_encoder.train": {"model.pt"},
     "cxr_inversion_encoder.train_bootstrap": {"model.pt"},
@@ -20,6 +21,8 @@ WRITES = {
     "cxr_latent_diffusion.train": {"model.pt"},
     "cxr_pggan.train": {"model.pt"},
     "lung_segmentation.train": {"model.pt"},
+    "skin_sngan.generate": {"datalist.json"},
+    "skin_sngan.train": {"model.pt"},
     "stylegan2_anomaly.project": {"projections", "reconstructions", "w_statistics"},
     "stylegan2_anomaly.train": {"model.pt"},
 }
@@ -85,14 +88,17 @@ def test_a_stage_writes_what_others_read_of_it(evaluated):
             continue
         text = (bundle(stage) / STAGES[stage]["config_file"]).read_text() if names != {""} else ""
         for name in names - {""}:
-            assert f"@output_dir + '/{name}'" in text, f"{stage}: {name}"
+            # the datalist of generated images is written beside them
+            found = "medgen.data.SyntheticSet" if name == "datalist.json" else f"@output_dir + '/{name}'"
+            assert found in text, f"{stage}: {name}"
 
 
 def test_a_stage_in_shards_goes_on_where_it_was():
-    """Also its merge, which would do all of it again or refuse what is there."""
+    """Also its merge, which would do all of it again or refuse what is there; a study always goes on."""
     merged = {path.name.removesuffix(".merge") for path in KUBERNETES.glob("overlays/*.merge")} & set(STAGES)
-    assert len(merged) == 8
-    assert {stage for stage in merged if STAGES[stage].get("resume") is True} == merged
+    studies = {stage for stage in merged if stage.endswith(".study")}
+    assert (len(merged), len(studies)) == (12, 2)
+    assert {stage for stage in merged if STAGES[stage].get("resume") is True} == merged - studies
 
 
 def test_a_training_goes_on_on_any_number_of_gpus_and_is_tracked():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cluster import measure, plan
-from medgen.engines import pggan_setting, stylegan2_setting
+from medgen.engines import dcgan_setting, pggan_setting, stylegan2_setting
 from medgen.errors import UserError
 
 
@@ -68,6 +68,7 @@ def test_the_plan_has_the_batches_of_the_presets():
     batches = {
         "stylegan2_anomaly.train": stylegan2_setting("anomaly_source", "total_batch_size"),
         "cxr_pggan.train": pggan_setting("rsna_512", "batch_sizes")[-1],
+        "skin_sngan.train": dcgan_setting("sngan", "total_batch_size"),
     }
     assert batches == plan.PRESET_BATCHES
     for stage in batches:  # no args file says otherwise

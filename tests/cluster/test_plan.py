@@ -208,6 +208,8 @@ class TestTrainings:
         assert plan.default_interval("cxr_autoencoder_kl.train") == 500  # of the config
         assert plan.default_interval("stylegan2_anomaly.train") == 2000  # of the args file; a tick is 125 steps
         assert plan.default_interval("lung_segmentation.train") == 2 * 704 // 16  # validated each second epoch
+        assert plan.default_interval("skin_sngan.train") == 500  # an epoch, which its config computes, has 1,266 steps
+        assert plan.default_interval("augmentation_classifier.train") == 500  # counted in steps, as are its validations
 
     def test_steps_have_the_images_of_the_args_files(self):
         assert plan.total_batch("cxr_latent_diffusion.train") == 256

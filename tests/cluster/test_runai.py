@@ -25,6 +25,7 @@ PREPROCESSING = {
     "preprocess_rsna.sh": ["organise", "crop"],
     "preprocess_lungs.sh": ["images", "masks"],
     "preprocess_anomaly_study.sh": ["corrupt", "split"],
+    "preprocess_isic.sh": [""],
 }
 CHECKED = ["bash", "/opt/medgen/cluster/check_then.sh"]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
