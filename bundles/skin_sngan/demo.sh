@@ -13,6 +13,8 @@ if [ -z "${DATALIST:-}" ]; then
     show "$PYTHON" -m preprocessing.isic --source "$OUT/isic" --target "$OUT/isic_32" --size 32 --binary melanoma
     DATALIST=$OUT/isic_32/datalist.json
     label=(--label 1) # melanoma
+    copies="
+  pairs of images that are copies:             $OUT/isic_32/duplicates.csv"
 fi
 DATALIST=$(absolute "$DATALIST")
 data=(--datalist "$DATALIST" ${label[@]+"${label[@]}"})
@@ -34,8 +36,7 @@ The demo is done. Its network has seen twelve thousand images of 32 pixels: dark
   training images above generated ones:        $out/training/images/samples_*.png
   images of seeds 0 to 63:                     $out/generated/images/grid.png
   generated images above real ones:            $out/evaluation/images/samples_over_test.png
-  figures with a real-against-real baseline:   $out/evaluation/metrics.json
-  pairs of images that are copies:             $OUT/isic_32/duplicates.csv
+  figures with a real-against-real baseline:   $out/evaluation/metrics.json${copies:-}
   curves, pictures and the registered model in MLflow:
     $PYTHON -m mlflow ui --backend-store-uri sqlite:///$out/training/mlflow.db
   a server that answers with the model, as docs/README.md says:

@@ -27,6 +27,7 @@ __all__ = [
     "check_labelled",
     "check_multiple",
     "check_names",
+    "check_one_class",
     "check_positive",
     "check_whole",
     "environment",
@@ -141,6 +142,19 @@ def check_labelled(input_dir: str | None, num_classes: int) -> None:
         raise UserError(
             f"a network with {num_classes} classes needs a label for each image, which the folder {input_dir} does not "
             "hold; name a --datalist whose items have labels instead of --input_dir"
+        )
+
+
+def check_one_class(label: int | str | None, num_classes: int) -> None:
+    """See that a training is of one class's images or of a network with classes.
+
+    Raises:
+        UserError: it is of both.
+    """
+    if label is not None and num_classes:
+        raise UserError(
+            f"label must be null for a network with {num_classes} classes, which learns from the images of each, got "
+            f"{label!r:.80}; leave out --label or --num_classes"
         )
 
 

@@ -22,7 +22,7 @@ from medgen.metrics import classification_metrics, pick_threshold
 BUNDLE = Path(__file__).parents[2] / "bundles" / "augmentation_classifier"
 NAMES = ["hand", "chest"]
 COUNTS = {"training": (12, 3), "validation": (14, 12), "test": (30, 20)}
-QUICK = {"resamples": 200, "shuffles": 99}
+QUICK = {"resamples": 200, "shuffles": 199}
 ARMS = ["real", "synthetic_100", "balanced"]
 
 
@@ -130,6 +130,39 @@ class TestRuns:
         assert counts["balanced"] == ((12, 3), (0, 9))
         assert counts["oversampled"] == ((12, 12), (0, 0))
 
+    def test_arms_of_the_same_images_are_run_once(self, make_study, make_synthetic, tmp_path):
+        equal = [item for item in items("training") if int(item["image"][10:-4]) < 3]
+        path = tmp_path / "equal.json"
+        write_datalist(path, "equal", "X-ray", {s: items(s) for s in COUNTS} | {"training": equal}, label_names=NAMES)
+        write_images(tmp_path, [item for split in COUNTS for item in items(split)])
+        study = make_study(
+            training={"datalist": str(path)}, arms="oversampled,real,classical,balanced,classical_balanced"
+        )
+        assert list(study.arms) == ["real", "classical"]
+        assert {arm.name: arm.reason for arm in study.left_out} == {
+            "oversampled": "the same images as real, used in the same way",
+            "balanced": "the same images as real, used in the same way",
+            "classical_balanced": "the same images as classical, used in the same way",
+        }
+
+    def test_the_evaluation_gets_the_settings_of_the_training_that_it_has(self, make_study, make_synthetic):
+        given = {"intensity_mean": [0.4], "network_def#init_features": 8, "lr": 0.1, "batch_size": 4}
+        settings = {"arms": ["real", "balanced"], "seeds": 0, "synthetic": make_synthetic(items("training"))}
+        study = make_study(**settings, training=given, threshold=0.3)
+        for run in study.runs().values():
+            training, evaluation = (step.overrides for step in run.steps)
+            assert given.items() <= training.items()
+            assert evaluation.items() >= {name: given[name] for name in given if name != "lr"}.items()
+            assert "lr" not in evaluation
+        # the report's own: another one takes no other runs
+        assert make_study(**settings, training=given).runs() == study.runs()
+
+    def test_an_overlay_that_would_make_all_arms_alike_is_refused(self, make_study, tmp_path):
+        overlay = tmp_path / "overlay.json"
+        overlay.write_text('{"augment": "none"}')
+        with pytest.raises(UserError, match="what tells its runs apart, got augment"):
+            make_study(overlays=str(overlay))
+
     def test_each_arm_and_seed_trains_then_evaluates_with_the_same_steps_and_seed(self, make_study):
         study = make_study(arms="real,balanced", seeds="3,5", training={"max_steps": 7}, overlays="demo.json")
         runs = study.runs()
@@ -142,7 +175,7 @@ class TestRuns:
             assert (given["arm"], given["seed"], given["max_steps"], given["resume"]) == (arm, seed, 7, True)
             assert ("synthetic" in given) == (arm == "balanced")
             assert "image_size" not in given
-            assert not {"arm", "max_steps", "synthetic"} & set(evaluation.overrides)
+            assert not {"arm", "synthetic", "resume"} & set(evaluation.overrides)
             assert evaluation.overrides["model_path"] == given["model_path"]
         assert len({run.done for run in runs.values()}) == 4
 
@@ -155,6 +188,17 @@ class TestRuns:
             ({"arms": ["real", "synthetic_200"]}, "arm synthetic_200: class 0 needs 24 synthetic images, got 12"),
             ({"seeds": "x"}, "seeds must be whole numbers"),
             ({"training": {"num_classes": 3}, "threshold": 0.5}, "a threshold takes two classes"),
+            ({"threshold": 1.5}, "threshold must be a number from 0 to 1"),
+            ({"level": 95}, "level must lie between 0 and 1"),
+            ({"resamples": 100}, "resamples must be a whole number of at least 200"),
+            ({"shuffles": 0}, "shuffles must be a whole number"),
+            ({"arms": ["real", "classical", "balanced"], "shuffles": 39}, "at least 40 for 2 arms beside real.*got 39"),
+            *[
+                ({"training": {name: 1}}, f"what tells its runs apart, got {name}; leave it out")
+                for name in ("arm", "augment", "balance", "resume", "seed", "synthetic", "synthetic_ratio")
+            ],
+            ({"training": {"bach_size": 4}}, "did you mean --batch_size"),
+            ({"overlays": "nothing.json"}, "no config nothing.json in"),
         ],
     )
     def test_impossible_studies_are_refused_before_anything_is_trained(self, make_study, settings, message):
@@ -228,7 +272,8 @@ class TestReport:
             "Youden's J on the validation images (hand 14, chest 12)",
             "24 of a generator",
             "that saw 8 patients of hands and chests",
-            "none of them in the test",
+            "of those known none is in the test, and 0 are in no training or validation split of the real images",
+            "The one primary figure is AUROC of all images",
             "- test: 50 images of 25 patients (hand 30 of 15, chest 20 of 10)",
             "| balanced | 12 | 3 | 0 | 9 | 40 | 0, 1, 2 |",
             "### Average precision",
@@ -247,7 +292,7 @@ class TestReport:
         others = [{"image": f"{n}.png", "patient": f"elsewhere{n}"} for n in range(3)]
         study = make_study(arms=["real", "balanced"], synthetic=make_synthetic([*items("training"), *others]))
         fill(study)
-        assert "3 in no training or validation split of the real images" in study.report({}).markdown()
+        assert "3 are in no training or validation split of the real images" in study.report({}).markdown()
 
     def test_a_failed_run_is_told_and_the_others_are_compared(self, make_study, tmp_path):
         study = make_study(arms=ARMS, seeds="0-1")
@@ -271,6 +316,26 @@ class TestReport:
         found = {row["metric"]: row["value"] for row in report.rows}
         assert found["sensitivity"] == (test.probabilities[test.labels == 1, 1] >= 0.9).mean()
         assert "threshold: 0.9, given" in report.markdown()
+
+    def test_a_figure_without_an_interval_is_told_and_drawn(self, tmp_path):
+        labels = np.repeat([0, 1], 25)
+        images, patients = tuple(f"{n}.png" for n in range(50)), tuple(map(str, range(50)))
+        p = 0.1 + 0.8 * labels + 0.001 * np.arange(50)
+        runs = {0: (Predictions(images, patients, labels, np.stack([1 - p, p], axis=1)), None)}
+        report = AugmentationReport([Arm("real", runs=runs), Arm("other", runs=runs)], NAMES, {}, **QUICK)
+        report.write(tmp_path)
+        text = (tmp_path / "study.md").read_text()
+        assert "| other | 1.000 (no interval) | 1.000 | +0.000 (no interval) | 1 | 1 | 1 |" in text
+        assert "(+0.000 to +0.000)" not in text
+        assert rows_of(tmp_path)["other", "average_precision"]["difference_low"] == ""
+
+    def test_synthetic_images_of_another_size_are_told(self, make_study):
+        study = make_study(arms=["real", "balanced"])
+        for kind, size in ((study.real, 40), (study.pool, 32)):
+            Image.new("L", (size, size)).save(kind[0]["image"])
+        fill(study)
+        text = study.report({}).markdown()
+        assert "- caution: synthetic images are stored as 32×32 L, real ones as 40×40 L" in text
 
     def test_several_classes_have_a_table_of_each_against_the_rest(self, tmp_path):
         rng = np.random.default_rng(0)

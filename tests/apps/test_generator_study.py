@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medgen.apps import GeneratorStudy, generator_study
 from medgen.data import write_datalist
 from medgen.errors import UserError, find_user_error
+from medgen.networks import DCGANGenerator
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "skin_sngan"
 
@@ -30,14 +32,20 @@ def make_study(tmp_path: Path) -> Callable[..., GeneratorStudy]:
         splits[split].append({"image": f"{number}.png", "patient": f"p{number}", "label": number % 2})
     write_datalist(tmp_path / "datalist.json", "noise", "dermoscopy", splits)
 
-    def make(*presets: str, epoch_share: float = 1.0, published: dict | None = None, **training: Any) -> GeneratorStudy:
+    def make(
+        *presets: str,
+        epoch_share: float = 1.0,
+        published: dict | None = None,
+        evaluation: dict | None = None,
+        **training: Any,
+    ) -> GeneratorStudy:
         common = {"datalist": str(tmp_path / "datalist.json"), "dataset_dir": str(tmp_path), "num_workers": 0}
         return GeneratorStudy(
             BUNDLE,
             tmp_path / "out",
             presets,
             common | training,
-            common | {"source_metrics": True},
+            common | {"source_metrics": True} | (evaluation or {}),
             epoch_share,
             published,
         )
@@ -76,6 +84,15 @@ def test_share_of_the_epochs_keeps_the_presets_apart(make_study):
         (("batch_16", "batch_16"), {}, "presets must be different names, got batch_16, batch_16"),
         (("batch_17",), {}, "preset must be one of dcgan, .*, got 'batch_17'"),
         (("batch_16",), {"epoch_share": 0}, "epoch_share must be a number above 0, got 0"),
+        (("batch_16",), {"epoch_share": "abc"}, "epoch_share must be a number above 0, got 'abc'"),
+        (("batch_16",), {"epoch_share": float("inf")}, "epoch_share must be a number above 0, got inf"),
+        (("batch_16",), {"difaugment": "color"}, "no setting difaugment in .*train.json; did you mean --diff_augment?"),
+        (
+            ("batch_16",),
+            {"evaluation": {"splits": "test"}},
+            "no setting splits in .*evaluate.json; did you mean --split",
+        ),
+        (("batch_16",), {"preset": "sngan"}, "training must not have preset, which the study sets for each preset"),
     ],
 )
 def test_settings_that_cannot_be_are_told_before_anything_runs(make_study, presets, settings, message):
@@ -93,11 +110,14 @@ def write_metrics(folder: Path, **figures: float | None) -> None:
 
 def test_table_holds_the_figures_beside_baselines_and_published_ones(make_study, tmp_path):
     study = make_study("batch_16", "label_smoothing", "d_lr_100", published={"batch_16": {"psnr": 12.76, "mdsi": 0.49}})
-    figures = {"kid": 0.25, "kid_real": -0.01, "frd_equal_n": 5.0, "frd_real": 4.0, "ms_ssim_samples": None}
+    # in brackets stands what half of the real images have against the other: not beside a figure of all of them
+    figures = {"kid": 7.0, "kid_equal_n": 0.25, "kid_real": -0.01, "ms_ssim_samples": None}
+    figures |= {"frd_equal_n": 5.0, "frd_real": 4.0}
     unpaired = {"unpaired_psnr": 11.0, "unpaired_psnr_real": 10.5, "unpaired_mdsi": 0.5}
     write_metrics(tmp_path / "out" / "batch_16", **figures, **unpaired, ms_ssim_test=0.3)
-    write_metrics(tmp_path / "out" / "d_lr_100", kid=0.125, kid_real=-0.01)
-    write_metrics(tmp_path / "out" / "untrained", kid=9.0, kid_real=-0.01, unpaired_psnr_real=10.5)
+    write_metrics(tmp_path / "out" / "d_lr_100", kid_equal_n=0.125, kid_real=-0.01)
+    # a figure of real images that one run could not take
+    write_metrics(tmp_path / "out" / "untrained_64_100_64", kid_equal_n=9.0, kid_real=None, unpaired_psnr_real=10.5)
 
     study.write({"label_smoothing": "it diverged | twice"})
 
@@ -111,7 +131,8 @@ def test_table_holds_the_figures_beside_baselines_and_published_ones(make_study,
         "| batch_16 | 100 | 1 | no | 0.0002 | 4,800 |",
         "| d_lr_100 | 256 | 0.9 | yes | 0.02 | 4,800 |",
         "| batch_16 | 0.25 (-0.01) | 5 (4) | – | – (0.3) |",
-        "| real images, 64 px | -0.01 | – | – | – |",
+        "| untrained | 9 | – | – | – |",
+        "| real images, 64 px | -0.01 | 4 | – | 0.3 |",
         "| batch_16 | 11 (12.8) | – | – | 0.5 (0.49) | – |",
         "| real images, 64 px | 10.5 | – | – | – | – |",
         "- label_smoothing: it diverged | twice",
@@ -126,6 +147,40 @@ def test_table_holds_the_figures_beside_baselines_and_published_ones(make_study,
     assert record["about"]["n_training"] == 12
 
 
+def test_settings_told_are_those_that_were_used(make_study, tmp_path):
+    given = {"max_images": 64, "diff_augment": "color", "flip": True, "epochs": None, "seed": 3}
+    study = make_study("batch_16", "latent_128", **given)
+    for name in ("batch_16", "latent_128", "untrained_64_100_64"):
+        write_metrics(tmp_path / "out" / name)
+
+    study.write({})
+
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "EMA 0, max_images 64, diff_augment color, flip yes.\n" in text
+    assert "epochs" not in text  # which max_images takes the place of
+    assert text.count("seed 3") == 1
+    with open(tmp_path / "out" / "study.csv", newline="") as file:
+        assert {(row["flip"], row["latent_dim"]) for row in csv.DictReader(file)} >= {("True", "100"), ("True", "128")}
+
+
+def test_untrained_generator_is_shared_by_the_presets_of_its_size(make_study):
+    of_one, of_many, larger, narrow = (
+        make_study(*presets, **settings).runs()[0]
+        for presets, settings in (
+            (("batch_16",), {}),
+            (("batch_128", "batch_16"), {}),
+            (("latent_256", "batch_16"), {}),
+            (("batch_16",), {"g_channels": 8}),
+        )
+    )
+
+    assert of_one == of_many
+    assert of_one.settings(BUNDLE) == of_many.settings(BUNDLE)
+    assert len({run.done for run in (of_one, larger, narrow)}) == 3
+    expected = {"image_size": 64, "latent_dim": 256, "g_channels": 64}
+    assert all(expected.items() <= step.overrides.items() for step in larger.steps)
+
+
 def test_study_fails_when_every_preset_does(make_study, monkeypatch):
     study = make_study("batch_16", "batch_64", g_channels=4)
     monkeypatch.setattr(study, "write", lambda failed: None)
@@ -135,14 +190,19 @@ def test_study_fails_when_every_preset_does(make_study, monkeypatch):
             study.run()
 
 
-def test_untrained_weights_are_those_of_the_seed(make_study, tmp_path, monkeypatch):
+def test_untrained_weights_are_those_of_the_seed_and_draw_as_in_training(make_study, tmp_path, monkeypatch):
     monkeypatch.setattr(generator_study, "run_all", lambda *_: {})
-    path = tmp_path / "out" / "untrained" / "model.pt"
+    path = tmp_path / "out" / "untrained_64_100_4" / "model.pt"
     found = []
     for seed in (1, 1, 2):
         study = make_study("batch_16", g_channels=4, seed=seed)
         monkeypatch.setattr(study, "write", lambda failed: None)
-        path.unlink(missing_ok=True)
         study.run()
         found.append(path.read_bytes())
     assert found[0] == found[1] != found[2]
+    network = DCGANGenerator(64, 100, 3, 4)
+    network.load_state_dict(torch.load(path, weights_only=True))
+    z = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        of_statistics, of_batch = network.eval()(z).std().item(), network.train()(z).std().item()
+    assert of_statistics == pytest.approx(of_batch, rel=0.1)  # normalised by mean 0 and variance 1, it draws grey

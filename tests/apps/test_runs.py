@@ -22,6 +22,7 @@ class Failures:
     """What the next runs of the bundle do instead of writing their file: value -> error."""
 
     planned: ClassVar[dict[int, BaseException]] = {}
+    built: ClassVar[int] = 0  # what a record of settings must not do
 
     @classmethod
     def meet(cls, value: int) -> None:
@@ -30,12 +31,21 @@ class Failures:
             raise cls.planned[value]
 
 
+RATES = {"slow": 0.1, "fast": 0.5}  # rows of presets
+
+
+def build(*_: object) -> str:
+    """What a config builds of other things than plain settings."""
+    Failures.built += 1
+    return "built"
+
+
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle that writes a value, a random number and the bundle's place into a file."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
-    Failures.planned = {}
+    Failures.planned, Failures.built = {}, 0
     configs = tmp_path / "bundle" / "configs"
     configs.mkdir(parents=True)
     (configs / "metadata.json").write_text("{}")
@@ -45,6 +55,14 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "output_dir": "out",
         "value": 1,
         "device": "cpu",
+        "seed": 0,
+        "preset": "slow",
+        "rate": "$test_runs.RATES[@preset]",
+        "steps": "$round(10 / @rate)",
+        "clock": "$medgen.output.unique_name('x')",
+        "network_def": {"_target_": "test_runs.build"},
+        "network": "$test_runs.build(@network_def, @value)",
+        "log": "$test_runs.build(@output_dir, @value)",
         "data": None,
         "content": "$json.dumps([@value, torch.rand(1).item(), @bundle_root])",
         "initialize": [
@@ -179,6 +197,45 @@ def test_results_of_other_settings_are_refused_before_anything_runs(bundle, make
     moved.write_text("[1, 2]")
     with pytest.raises(UserError, match=r"run2 was made with data sha256 .*, this study has sha256 .*; choose another"):
         run_all(make_runs(1, 2, data=str(moved)), bundle)
+    assert not make_runs(1)[0].done.exists()
+
+
+def test_other_settings_are_told_apart(bundle, make_runs):
+    run_all(make_runs(2), bundle)
+
+    for change, message in (
+        ({"seed": 1}, "run2 was made with seed 0, this study has 1; choose another --output_dir, or delete"),
+        ({"preset": "fast"}, "run2 was made with preset slow, this study has fast"),
+        ({"steps": "$20 * @value"}, "run2 was made with steps 100, this study has 40"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_all(make_runs(2, **change), bundle)
+
+
+def test_changed_preset_or_config_is_other_settings(bundle, make_runs, monkeypatch):
+    (run,) = make_runs(2)
+    run_all([run], bundle)
+    (recorded,) = json.loads(run.record.read_text())
+    assert (recorded["rate"], recorded["steps"], recorded["seed"]) == (0.1, 100, 0)
+    # neither networks are built for it nor what takes places of this machine, and the clock is no setting
+    assert Failures.built == 0
+    assert (
+        not {"clock", "network_def", "network", "log", "device", "output_dir", "bundle_root", "run"} & recorded.keys()
+    )
+
+    with monkeypatch.context() as patch:
+        patch.setitem(RATES, "slow", 0.25)
+        with pytest.raises(UserError, match=r"run2 was made with rate 0.1, this study has 0.25; choose another"):
+            run_all([run], bundle)
+    path = bundle / "configs" / "write.json"
+    path.write_text(path.read_text().replace("torch.rand(1)", "torch.rand(2)[0]"))
+    with pytest.raises(UserError, match=r"run2 was made with config_file \['write.json \w{16}'\], this study has"):
+        run_all([run], bundle)
+
+
+def test_unknown_setting_is_told_before_anything_runs(bundle, make_runs):
+    with pytest.raises(UserError, match="no setting vaule in"):
+        run_all([*make_runs(1), *make_runs(2, vaule=3)], bundle)
     assert not make_runs(1)[0].done.exists()
 
 

@@ -5,7 +5,8 @@ the discriminator's end and ``BCELoss`` after it, a backward pass for the real i
 ``DataLoader`` that shuffles. Both have the same networks with the same weights at 64×64, both read the same RGB images
 from memory, and one step of each is compared before they are timed, in turn.
 
-The trainer's moving average, which the example has not, is off in the first comparison and on in the second.
+The trainer's moving average, which the example has not, is off in the first comparison and on in the second. No round
+ends an epoch, at which the trainer measures the statistics of what it saves.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from medgen.networks import DCGANDiscriminator, DCGANGenerator
 from medgen.settings import keep_freed_memory
 
 SIDE, CHANNELS, LATENT_DIM = 64, 3, 100
-DISTINCT_IMAGES, EPOCH_IMAGES = 256, 8192  # the moving average is measured once in an epoch: no round ends one
 ROUNDS = 7
 STEPS = {"cpu": {16: 4, 128: 1}, "cuda": {16: 200, 128: 100}}  # batch size: steps in a round
+# the moving average is measured once in an epoch: no round ends one
+DISTINCT_IMAGES, EPOCH_IMAGES = 256, 16384
 BASE_CHANNELS = dcgan_setting("dcgan", "base_channels")
 
 
@@ -78,8 +80,12 @@ class Trainings:
                     layer.load_state_dict(other.state_dict())
         return generator, discriminator
 
-    def ours(self, steps: int) -> DCGANTrainer:
-        """An engine that ends after some steps; its construction is not the training."""
+    def ours(self, steps: int) -> Callable[[], DCGANTrainer]:
+        """Some steps of the trainer, which is made beforehand: its construction is not the training.
+
+        Raises:
+            RuntimeError: when called, if it made another number of steps.
+        """
         items = [{"image": image} for image in self.images] * (EPOCH_IMAGES // DISTINCT_IMAGES)
         loader = ResumableDataLoader(Dataset(items), batch_size=self.batch_size, seed=0)
         trainer = DCGANTrainer(
@@ -96,7 +102,17 @@ class Trainings:
             amp=self.amp,
         )
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=steps), trainer.terminate)
-        return trainer
+
+        def train() -> DCGANTrainer:
+            trainer.run()
+            if trainer.state.iteration != steps or trainer.at_epoch_end:
+                raise RuntimeError(
+                    f"{steps} steps within an epoch of {len(loader)} were to be timed, the trainer made "
+                    f"{trainer.state.iteration}; raise EPOCH_IMAGES"
+                )
+            return trainer
+
+        return train
 
     def plain(self, steps: int) -> Callable[[], None]:
         """Some steps of the example's loop."""
@@ -131,7 +147,7 @@ class Trainings:
 
     def check(self) -> None:
         """See that one step does the same to both networks."""
-        engine = self.ours(1)
+        train = self.ours(1)
         z = None
 
         def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -139,7 +155,7 @@ class Trainings:
             z = inputs[0]
 
         handle = self.generator.register_forward_pre_hook(note)
-        engine.run()
+        engine = train()
         handle.remove()
         self._train_plain([engine.state.output[0]["image"]], z[:, :, None, None])
         for ours, plain in ((self.generator, self.plain_generator), (self.discriminator, self.plain_discriminator)):
@@ -151,7 +167,7 @@ class Trainings:
                     raise RuntimeError(f"the two loops differ after a step: {1 - agree.float().mean():.1%} of a layer")
 
 
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """Wall-clock seconds of one call."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -168,9 +184,9 @@ def compare(device: str, batch_size: int, ema_decay: float, amp: bool) -> tuple[
     trainings = Trainings(device, batch_size, ema_decay, amp)
     if not amp:
         trainings.check()
-    for run in (trainings.ours(steps).run, trainings.plain(steps)):  # warm up
+    for run in (trainings.ours(steps), trainings.plain(steps)):  # warm up
         run()
-    times = [(seconds(trainings.ours(steps).run), seconds(trainings.plain(steps))) for _ in range(ROUNDS)]
+    times = [(seconds(trainings.ours(steps)), seconds(trainings.plain(steps))) for _ in range(ROUNDS)]
     ours, plain = (steps * batch_size / statistics.median(column) for column in zip(*times, strict=True))
     average = "no moving average" if not ema_decay else "moving average"
     name = f"{device}{', bfloat16' if amp else ''}, batch {batch_size}, {average}: trainer / the example's loop"
@@ -194,5 +210,6 @@ def run() -> Iterator[tuple[str, float, str]]:
 if __name__ == "__main__":
     for name, ratio, detail in run():
         print(f"{name}: {ratio:.2f}, {detail}", flush=True)
+    print("what the end of an epoch takes is in none of it: the trainer's statistics, measured on 256 latents")
     if not torch.cuda.is_available():
         print("no GPU here: the trainer was not measured on one")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,9 @@ from running import (
 )
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medgen.data import load_classes, trained_on, write_datalist
+from medgen.data import load_classes, read_trained_on, trained_on, write_datalist
+from medgen.data.provenance import patient_digest
+from medgen.transforms.save_probabilities import write_predictions
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "augmentation_classifier"
 TRAIN = ["configs/train.json", "configs/demo.json"]
@@ -70,8 +74,13 @@ def make_synthetic(toy, tmp_path_factory):
         ]
         for n, item in enumerate(items):
             draw(folder / item["image"], np.random.default_rng(100 + n), n % 2)
-        saw = [] if seen is None else [item for split in seen for item in load_classes(toy, split)]
-        extra = {} if seen is None else {"trained_on": trained_on(toy, saw, [])}
+        saw = {split: load_classes(toy, split) for split in seen or ()}
+        chosen_by = saw.pop("validation", [])
+        extra = (
+            {}
+            if seen is None
+            else {"trained_on": trained_on(toy, [i for each in saw.values() for i in each], chosen_by)}
+        )
         write_datalist(folder / "datalist.json", "synthetic", "X-ray", {"training": items}, label_names=NAMES, **extra)
         return str(folder / "datalist.json")
 
@@ -191,6 +200,8 @@ def test_every_arm_takes_the_same_number_of_steps(arm, settings, images, toy, sy
     made.initialize()
     items = made.parser.get_parsed_content("train#items")
     assert tuple(np.bincount([item["label"] for item in items])) == images
+    cached = made.parser.get_parsed_content("train#dataset")._cache
+    assert len(cached) == len({item["image"] for item in items})  # a repeated image once
     trainer = made.parser.get_parsed_content("train#trainer")
     made.run()
     assert (trainer.state.iteration, trainer.images_seen) == (4, 8)
@@ -212,6 +223,81 @@ def test_generator_that_saw_a_test_patient_is_refused_before_anything_begins(toy
     assert not (tmp_path / "out").exists()
     made = workflow(BUNDLE, "train", tmp_path, synthetic=make_synthetic(None), allow_unknown="true", **settings)
     made.initialize()
+
+
+def test_classifier_says_whom_it_and_its_generators_saw_and_is_not_tested_on_them(
+    trained, toy, synthetic, workflow, tmp_path
+):
+    def refuse(message: str, **settings: Any) -> None:
+        made = workflow(BUNDLE, "evaluate", tmp_path / "out", **{"datalist": str(toy), "model_path": model, **settings})
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            made.initialize()
+        assert_one_line(caught.value, message)
+
+    model = str(trained / "models" / "model.pt")
+    of = {
+        split: {patient_digest(i["patient"]) for i in load_classes(toy, split)} for split in ("training", "validation")
+    }
+    assert read_trained_on(model)["patients"] == {split: sorted(digests) for split, digests in of.items()}
+    refuse("model.pt was trained on 20 of the 20 patients of split training", split="training")
+    refuse("model.pt was trained on 1 of the 13 patients", datalist=str(spoil(toy, tmp_path / "data", leak)))
+    unknown = tmp_path / "model.pt"
+    unknown.write_bytes(Path(model).read_bytes())
+    refuse("whose images .* was trained on is not known: .*--allow_unknown true", model_path=str(unknown))
+    workflow(
+        BUNDLE, "evaluate", tmp_path, datalist=str(toy), model_path=str(unknown), allow_unknown="true"
+    ).initialize()
+
+    saw = json.loads(Path(synthetic).read_text())["trained_on"]["patients"]
+    saw["training"].append("0" * 16)  # of other data
+    other = tmp_path / "synthetic" / "datalist.json"
+    content = json.loads(Path(synthetic).read_text())
+    content["trained_on"]["patients"] = saw
+    shutil.copytree(Path(synthetic).parent, other.parent)
+    other.write_text(json.dumps(content))
+    for arm, more in (("real", []), ("balanced", ["0" * 16])):
+        made = workflow(BUNDLE, "train", tmp_path / arm, datalist=str(toy), arm=arm, synthetic=str(other))
+        made.initialize()
+        record = made.parser.get_parsed_content("validate#companions").trained_on
+        assert record["patients"]["training"] == sorted([*more, *of["training"]])
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inference", "train"])
+def test_confident_images_keep_their_order(name, trained, toy, workflow, tmp_path):
+    model = tmp_path / "model.pt" if name == "train" else trained / "models" / "model.pt"
+    made = workflow(BUNDLE, name, tmp_path, datalist=str(toy), model_path=str(model))
+    made.initialize()
+    postprocessing = made.parser.get_parsed_content("validate#postprocessing" if name == "train" else "postprocessing")
+    logits = torch.tensor([[0.0, 20.0], [0.0, 25.0]])  # in float32 both are p1 = 1
+    softmax = postprocessing.transforms[0]
+    probabilities = [softmax({"pred": each})["pred"] for each in logits]
+    assert probabilities[0][1] < probabilities[1][1] < 1
+    rows = [{"image": "a", "patient": "a", "label": 1, "probabilities": each.numpy()} for each in probabilities]
+    write_predictions(tmp_path / "table.csv", rows, 2)
+    written = [float(row["p1"]) for row in table(tmp_path / "table.csv")]
+    assert written == [float(each[1]) for each in probabilities]
+
+
+def test_same_global_batch_in_two_processes_goes_on_and_another_does_not(toy, workflow, tmp_path, monkeypatch):
+    def fingerprint(**settings: Any) -> dict[str, Any]:
+        made = workflow(BUNDLE, "train", tmp_path, datalist=str(toy), **settings)
+        made.initialize()
+        return made.parser.get_parsed_content("train#handlers")[0].fingerprint
+
+    alone = fingerprint(batch_size=4)
+    assert fingerprint(batch_size=8) == alone | {"global_batch_size": 8}
+    assert fingerprint(batch_size=4, intensity_mean=[0.1]) == alone | {"intensity_mean": [0.1]}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fingerprint(batch_size=2, multi_gpu=True) == alone
+
+
+def leak(content, folder):
+    content["test"][0]["patient"] = content["training"][0]["patient"]
+    content["training"][0]["patient"] = "another"
+
+
+def mix_in(content, folder):
+    content["training"][0]["synthetic"] = True
 
 
 def lose_class(content, folder):
@@ -247,6 +333,9 @@ def test_classes_of_another_order_or_none_are_one_line(trained, toy, workflow, t
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(workflow(BUNDLE, "evaluate", tmp_path / "out", datalist=others, model_path=model))
     assert_one_line(caught.value, r"label_names must be \['dark', 'bright'\] as in the training of")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        run(workflow(BUNDLE, "train", tmp_path / "out", datalist=str(spoil(toy, tmp_path / "mixed", mix_in))))
+    assert_one_line(caught.value, "1 items of split training are synthetic, such as training0_0.png; .*--synthetic")
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(workflow(BUNDLE, "train", tmp_path / "out", datalist=fewer))
     assert_one_line(

@@ -83,7 +83,9 @@ def test_each_level_is_seen_in_pictures_and_kept(workflow, tmp_path):
     assert levels == ["0004.pt", "0008.pt", "0016.pt", "0032.pt", "trained_on.json"]
     about = read_trained_on(tmp_path / "models" / "model.pt")
     assert about["images"] == {"training": 4, "validation": 2}
-    assert about["patients"] == sorted(patient_digest(f"p{number}") for number in range(6))
+    of = {"training": range(4), "validation": range(4, 6)}
+    assert about["patients"] == {split: sorted(patient_digest(f"p{n}") for n in of[split]) for split in of}
+    assert read_trained_on(tmp_path / "models" / "levels" / "0004.pt") == about
     assert read_trained_on(tmp_path / "models" / "levels" / "0032.pt") == about
     pictures = sorted((tmp_path / "images").glob("samples_*.png"))
     assert [int(path.stem[-9:]) for path in pictures] == [8, 16, 24, 32, 40]
@@ -239,9 +241,12 @@ def test_training_of_one_class_sees_no_other(datalist, workflow, tmp_path):
     assert len(images) == 2
     assert (images == 255).all()
     content = json.loads(Path(spoiled).read_text())
-    seen = [item["patient"] for item in content["training"] + content["validation"] if item["label"] == 1]
+    seen = {
+        split: {item["patient"] for item in content[split] if item["label"] == 1}
+        for split in ("training", "validation")
+    }
     about = read_trained_on(tmp_path / "out" / "models" / "model.pt")
-    assert about["patients"] == sorted({patient_digest(patient) for patient in seen})
+    assert about["patients"] == {split: sorted(map(patient_digest, patients)) for split, patients in seen.items()}
     assert about["images"] == {"training": 2, "validation": 2}
 
 

@@ -120,7 +120,8 @@ def check_tables(folder: Path) -> None:
         in text
     )
     assert "| batch_16 | 16 | 48 |\n| batch_64 | 64 | – |\n" in text  # what all have in common stands below
-    assert f"{metrics['kid']:.3g} ({metrics['kid_real']:.3g})" in text
+    assert f"{metrics['kid_equal_n']:.3g} ({metrics['kid_real']:.3g})" in text
+    assert "max_images 48.\n" in text  # and no epochs, which it takes the place of
     assert f"{metrics['unpaired_psnr']:.3g} (12.8)" in text
     assert f"- batch_64: {TOO_FEW}" in text
     with Image.open(folder / "study.png") as picture:

@@ -134,13 +134,15 @@ def test_model_is_the_moving_average_and_pictures_keep_their_colours(lesions, wo
 def test_without_a_moving_average_the_model_is_the_generator(lesions, workflow, tmp_path):
     settings = {**FOR_SECONDS, "max_images": 4, "datalist": str(lesions), "ema_decay": 0, "num_classes": 2}
 
-    run(workflow(BUNDLE, "train", tmp_path, **settings))
+    made = workflow(BUNDLE, "train", tmp_path, **settings)
+    run(made)
 
     last = state(tmp_path)["components"]
     # but for the statistics, which it has of its own
     generator = {name: value for name, value in last["generator"].items() if not re.search("running|num_batches", name)}
     torch.testing.assert_close({name: last["ema"][name] for name in generator}, generator, rtol=0, atol=0)
     assert generator["norms.0.gain_KO"].shape[0] == 2  # and it has classes
+    assert sorted(made.parser.get_parsed_content("train#trainer").labels) == [0] * 6 + [1] * 6  # of the whole split
     assert last["discriminator"]["projection.parametrizations.weight.original"].shape[1] == 2
 
 
@@ -153,9 +155,10 @@ def test_training_of_one_class_sees_no_other_and_says_whom_it_saw(lesions, workf
     assert all(item["image"][2, 15:17, 15:17].mean() > 0.6 for item in dataset)  # blue
     seen = read_json(tmp_path / "models" / "trained_on.json")
     assert seen["images"] == {"training": 6, "validation": 4}
-    of_class = {item["patient"] for split in ("training", "validation") for item in load_datalist(lesions, split)
-                if item["label"] == 1}  # fmt: skip
-    assert seen["patients"] == sorted(map(patient_digest, of_class))
+    assert seen["patients"] == {
+        split: sorted({patient_digest(item["patient"]) for item in load_datalist(lesions, split) if item["label"] == 1})
+        for split in ("training", "validation")
+    }
 
 
 def test_flips_and_turns_are_the_symmetries_of_the_square_and_off_by_default(lesions):
@@ -238,14 +241,41 @@ def test_overlays_choose_between_the_two_papers(config):
         ({"in_channels": 2}, r"channels must be 1 \(grey\) or 3 \(RGB\), got 2"),
         ({"batch_size": 13}, "a training step takes 13 images .* holds 12; lower --batch_size"),
         ({"epochs": 0, "max_images": 8}, "epochs must be a whole number of at least 1, got 0"),
+        ({"max_images": 0}, "max_images must be a whole number of at least 1, got 0"),
         ({"num_classes": 1}, "label must be a class from 0 to 0"),
-        ({"label": "nevus"}, r"label must be one that the datalist's items have, 0 \(4\), 1 \(4\), got 'nevus'"),
+        (
+            {"num_classes": 2, "label": 1},
+            "label must be null for a network with 2 classes, .* got 1; leave out --label",
+        ),
+        ({"num_classes": 3}, r"training images must be of all 3 classes, there is none of class 2 .* 0 \(6\), 1 \(6\)"),
+        ({"label": "nevus"}, r"label must be one that the datalist's items have, 0 \(6\), 1 \(6\), got 'nevus'"),
     ],
 )
 def test_mistakes_in_the_settings_are_one_line(overrides, message, lesions, workflow, tmp_path):
     with pytest.raises(Exception) as caught:  # noqa: PT011
         run(workflow(BUNDLE, "train", tmp_path / "out", **{**FOR_SECONDS, "datalist": str(lesions), **overrides}))
     assert_one_line(caught.value, message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({"epochs": 334}, 4008),  # 12 images a pass: two ticks
+        ({"epochs": 333}, 3996),
+        ({"epochs": 167, "batch_size": 12}, 2004),
+        ({"max_images": 7}, 8),
+        ({"max_images": 4001}, 4004),
+        ({"max_images": 7, "tick_images": 6}, 12),  # as told
+    ],
+)
+def test_training_sees_max_images_and_less_than_a_step_a_tick_more(settings, trained, lesions):
+    parser = parsed("train", preset="demo_32", datalist=str(lesions), **{**NARROW, "batch_size": 2, **settings})
+    loader = parser.get_parsed_content("train#dataloader")
+    epochs = parser.get_parsed_content("train#trainer").state.max_epochs
+
+    assert epochs * len(loader) * loader.batch_size == trained
+    if trained > 2000:
+        assert 2000 <= len(loader) * loader.batch_size < 4000
 
 
 def test_settings_that_change_on_resume_are_refused_but_a_longer_training_goes_on(lesions, workflow, tmp_path):
@@ -261,6 +291,10 @@ def test_settings_that_change_on_resume_are_refused_but_a_longer_training_goes_o
         assert_one_line(caught.value, message)
     run(workflow(BUNDLE, "train", tmp_path, resume=True, **{**settings, "max_images": 8}))
     assert state(tmp_path)["images_seen"] == 8
+    # in the middle of what is a tick now: its default follows from max_images
+    run(workflow(BUNDLE, "train", tmp_path, resume=True, **{**settings, "max_images": 14, "tick_images": 14}))
+    assert state(tmp_path)["images_seen"] == 14
+    assert (tmp_path / "images" / "samples_000000014.png").is_file()
 
 
 # ---------------------------------------------------------------- inference.json and evaluate.json
@@ -350,7 +384,9 @@ def test_evaluation_measures_as_many_samples_as_real_images(model_path, lesions,
     assert found["unpaired_psnr"] < found["unpaired_psnr_real"] < 40
     assert all(0 < found[f"unpaired_{name}"] < 1 for name in ("ms_gmsd", "mdsi", "haarpsi"))
     picture = np.asarray(Image.open(tmp_path / "images" / "samples_over_test.png"))
-    assert_same_levels(picture[:32, :32].transpose(2, 0, 1), expected(model_path, [5])[0])
+    assert_same_levels(
+        picture[:32, :32].transpose(2, 0, 1), expected(model_path, [1_000_005])[0]
+    )  # not the validation's latents
     assert_same_levels(picture[34:, :32], np.asarray(Image.open(lesions.parent / "20.png"))[4:36])
 
     use("evaluate", tmp_path / "plain", model_path, **settings)

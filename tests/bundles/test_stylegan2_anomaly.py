@@ -27,6 +27,7 @@ from running import (
     terminate_after_next_checkpoint,
 )
 
+from medgen.data import file_sha256
 from medgen.registry import pull, register_bundle
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "stylegan2_anomaly"
@@ -103,9 +104,11 @@ def test_transfer_starts_from_the_given_weights_with_its_own_augmentation_and_av
     run(workflow(BUNDLE, "train", tmp_path / "first", max_images=4))
     record = tmp_path / "first" / "models" / "trained_on.json"
     about = json.loads(record.read_text())
-    assert len(about["patients"]) == 6
-    record.write_text(json.dumps({**about, "patients": ["0" * 16]}))  # as of other data
+    assert [len(about["patients"][split]) for split in ("training", "validation")] == [4, 2]
+    record.write_text(json.dumps({**about, "patients": {"training": ["0" * 16], "validation": []}}))  # as of other data
+    discriminator = str(tmp_path / "first" / "checkpoints" / "last.pt")
     settings = {"transfer_generator": str(tmp_path / "first" / "models" / "model.pt"), "freeze_d": 4}
+    settings["transfer_discriminator"] = discriminator
     transferred = workflow(BUNDLE, "train", tmp_path / "second", **settings)
     transferred.initialize()  # builds everything anew
     parser = transferred.parser
@@ -120,7 +123,10 @@ def test_transfer_starts_from_the_given_weights_with_its_own_augmentation_and_av
     assert moved
     assert not any(name.startswith("blocks.0.") for name in moved)
     seen = json.loads((tmp_path / "second" / "models" / "trained_on.json").read_text())
-    assert seen == {**about, "patients": sorted([*about["patients"], "0" * 16])}
+    assert seen.pop("weights_sha256") == [file_sha256(tmp_path / "second" / "models" / "model.pt")]
+    assert seen["patients"]["training"] == sorted([*about["patients"]["training"], "0" * 16])
+    assert seen["patients"]["validation"] == about["patients"]["validation"]
+    assert seen["unknown"] == ["last.pt"]  # whose training's record lies elsewhere
 
     parser = ConfigParser()
     parser.read_config(BUNDLE / "configs" / "train.json")

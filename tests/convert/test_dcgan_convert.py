@@ -144,3 +144,18 @@ def test_command_writes_weights_and_an_overlay_of_a_bundles_ids(tmp_path):
     again = convert("dcgan", tmp_path / "netG", "--output", output)
     assert again.exit_code == 1
     assert "choose another or add --force" in again.stderr
+
+
+def test_records_of_other_weights_go_with_them_and_with_no_others(tmp_path):
+    torch.save(trained(16, 8, 2, 3).state_dict(), tmp_path / "netG")
+    records = [tmp_path / name for name in ("trained_on.json", "trained_as.json")]
+    for record in records:
+        record.write_text("{}")
+
+    convert("dcgan", tmp_path / "netG", "--output", tmp_path / "other.pt")
+    assert all(record.exists() for record in records)  # of the weights beside which this file is new
+    (tmp_path / "model.pt").write_bytes(b"trained here")
+    result = convert("dcgan", tmp_path / "netG", "--output", tmp_path / "model.pt", "--force")
+
+    assert result.exit_code == 0, result.output
+    assert not any(record.exists() for record in records)

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from medgen import cli
 from medgen.convert import convert_control_file
 from medgen.errors import UserError
+from medgen.inferers import parse_numbers
+from medgen.inferers.generation import MOST_NUMBERS
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "skin_sngan" / "configs"
 TRAINING = {
@@ -73,8 +75,9 @@ def test_every_key_of_a_training_has_its_place(tmp_path):
         "real_label": 1.0,  # the source's code smooths nothing
     }
     text = "\n".join(converted.notes)
-    assert "preprocessing.images --source '/data/ISIC images/' --target DATA --folder-labels --size 128" in text
-    assert f"--config_file \"['configs/train.json','{tmp_path}/overlay.json']\" --datalist DATA/datalist.json" in text
+    data = f"{tmp_path}/overlay_data"
+    assert f"preprocessing.images --source '/data/ISIC images' --target {data} --folder-labels --size 128" in text
+    assert f"--config_file \"['configs/train.json','{tmp_path}/overlay.json']\" --datalist {data}/datalist.json" in text
 
 
 @pytest.mark.parametrize("control", [TRAINING, {**TRAINING, "arch": "DCGAN", "n_gpu": 2}, SAMPLING])
@@ -131,6 +134,36 @@ def test_generator_becomes_an_overlay_of_the_inference(tmp_path):
     assert f"['configs/inference.json','/fakes/a/model.json','{tmp_path}/overlay.json']" in converted.notes[1]
 
 
+def test_relative_paths_are_those_of_the_folder_of_the_conversion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("control.yaml").write_text(yaml.safe_dump({**SAMPLING, "path": "netG", "out": "fakes", "run": "a/../b"}))
+
+    converted = convert_control_file("control.yaml", "o.json")
+    assert converted.settings["output_dir"] == f"{tmp_path}/fakes/b"
+    assert converted.settings["model_path"] == f"{tmp_path}/fakes/b/model.pt"
+    assert (
+        converted.notes[0] == f"the weights: medgen convert dcgan {tmp_path}/netG --output {tmp_path}/fakes/b/model.pt"
+    )
+    assert f"'{tmp_path}/fakes/b/model.json','{tmp_path}/o.json'" in converted.notes[1]
+    # neither is named: beside the overlay
+    assert overlay_of(tmp_path, "arch: Generator").settings == {"model_path": f"{tmp_path}/overlay/model.pt"}
+
+
+def test_numbers_end_where_those_of_the_bundle_do(tmp_path):
+    settings = overlay_of(tmp_path, {**SAMPLING, "quantity": MOST_NUMBERS}).settings
+
+    assert len(parse_numbers(settings["seeds"], "seeds")) == MOST_NUMBERS
+    assert overlay_of(tmp_path, {"arch": "DCGAN", "beta_adam": 0}).settings["beta0"] == 0
+
+
+def test_repetitions_by_name_do_not_grow(tmp_path):
+    lines = ["arch: DCGAN", "path: x", "seed:", "  - &a0 [x,x,x,x,x,x,x,x,x,x]"]
+    lines += [f"  - &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+
+    with pytest.raises(UserError, match=r"cannot be read \(a value must be written out, got \*a0\)"):
+        overlay_of(tmp_path, "\n".join(lines))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -144,7 +177,19 @@ def test_generator_becomes_an_overlay_of_the_inference(tmp_path):
         ({**TRAINING, "seed": True}, "seed of .* must be a whole number of at least 0, got True"),
         ({**TRAINING, "learning_rate": "fast"}, "learning_rate of .* must be a number above 0, got 'fast'"),
         ({**TRAINING, "learning_rate": float("nan")}, "learning_rate of .* must be a number above 0, got nan"),
-        ({**TRAINING, "beta_adam": 1}, "beta_adam of .* must be a number .* below 1, got 1"),
+        ({**TRAINING, "beta_adam": 1}, "beta_adam of .* must be a number from 0 to below 1, got 1"),
+        ({**TRAINING, "beta_adam": -1e-13}, "beta_adam of .* must be a number from 0 to below 1, got -1e-13"),
+        ({**TRAINING, "learning_rate": 10**400}, "learning_rate of .* must be a number above 0, got 1000"),
+        ({**TRAINING, "run": "../../../etc"}, r"run must be a folder within out, /results, got '../../../etc'"),
+        ({**TRAINING, "run": "/etc/x"}, r"run must be a folder within out, /results, got '/etc/x'"),
+        (
+            {**SAMPLING, "quantity": 1_000_001},
+            "quantity of .* must be a whole number of at most 1,000,000, got 1000001",
+        ),
+        ({**TRAINING, "seed": [1]}, r"a number or a short text, got something else in line \d+ \(seed\)"),
+        (f"arch: SNGAN\nseed: {'9' * 5000}\n", r"got something else in line 2 \(seed\)"),
+        ("#" * 70_000, "must be a control file, got one of more than 65,536 bytes"),
+        ("arch: SNGAN\nseed: 2024-13-45\n", "must be a control file in YAML, got one that cannot be read"),
         ({**TRAINING, "number_channels": 4}, "number_channels of .* must be 1 or 3, got 4"),
         ({**TRAINING, "out": "$print(1)"}, r"out of .* must be text that does not begin with \$, @ or %, got"),
         ({**TRAINING, "path": None}, "path of .* must be text"),

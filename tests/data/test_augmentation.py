@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from medgen.data import AUGMENTATION_ARMS, augmentation_arm, load_synthetic, mix_synthetic, write_datalist
+from medgen.data import (
+    AUGMENTATION_ARMS,
+    augmentation_arm,
+    load_synthetic,
+    mix_synthetic,
+    synthetic_mismatch,
+    write_datalist,
+)
 from medgen.errors import UserError
 
 
@@ -150,7 +158,13 @@ def test_classes_are_matched_by_name_where_both_have_names(generated):
     assert labels_of(generated("swapped", 0, 1, label_names=["melanoma", "nevus"]), names=names) == [1, 0]
     assert labels_of(generated("named", "melanoma", "nevus"), names=names) == [1, 0]
     assert labels_of(generated("numbered", 1, 0), names=names) == [1, 0]
-    assert labels_of(generated("own", "b", "a", label_names=["a", "b"])) == [1, 0]
+    assert labels_of(generated("of numbers alone", 1, 0, label_names=["b", "a"])) == [1, 0]
+    for name, labels in (
+        ("own", ["b", "a"]),
+        ("one class", ["melanoma"]),
+    ):  # numbers that the real images need not share
+        with pytest.raises(UserError, match=r"the real images have no names; write label_names into the real datalist"):
+            labels_of(generated(name, *labels, label_names=labels))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +187,30 @@ def test_images_that_are_not_synthetic_or_named_twice_are_refused(generated, tmp
     one = generated("one", 0)
     with pytest.raises(UserError, match=r"samples/0\.png stands in two synthetic datalists, .*; name it once"):
         load_synthetic([one, tmp_path / "one" / ".." / "one" / "datalist.json"], 2)
+    with pytest.raises(UserError, match="name it once"):
+        load_synthetic([str(one)] * 2, 2)  # one and the same object
     write_datalist(tmp_path / "one" / "real.json", "real", "RGB", {"training": [{"image": "x.png", "patient": "x"}]})
     (tmp_path / "one" / "x.png").touch()
     with pytest.raises(UserError, match=r"x\.png is not marked as synthetic; name the datalist\.json beside"):
         load_synthetic(tmp_path / "one" / "real.json", 2)
+
+
+def test_images_of_another_stored_size_or_mode_than_the_real_ones_are_told_once(tmp_path, caplog):
+    def stored(name: str, mode: str, *sizes: tuple[int, int]) -> list[dict[str, Any]]:
+        paths = [tmp_path / f"{name}{n}.png" for n in range(len(sizes))]
+        for path, size in zip(paths, sizes, strict=True):
+            Image.new(mode, size).save(path)
+        return [{"image": str(path), "patient": path.stem, "label": 0} for path in paths]
+
+    real = stored("real", "L", (64, 64), (64, 48))
+    assert synthetic_mismatch(real, stored("same", "L", (64, 64))) is None
+    assert synthetic_mismatch(real, []) is None
+    (tmp_path / "scan.dcm").write_bytes(b"no header that Pillow knows")
+    assert synthetic_mismatch([{"image": str(tmp_path / "scan.dcm")}], real) is None
+    assert not caplog.messages
+
+    small = synthetic_mismatch(real, stored("small", "L", *[(64, 64)] * 5, (16, 16)))
+    assert small.startswith("synthetic images are stored as 16×16 L, 64×64 L, real ones as 64×48 L, 64×64 L: a class")
+    assert len(caplog.messages) == 1
+    colour = synthetic_mismatch(real, stored("colour", "RGB", (64, 64), (8, 8), (9, 9)))
+    assert "are stored as 64×64 RGB, 8×8 RGB and 1 more forms, real" in colour

@@ -61,9 +61,9 @@ def test_datalist_says_where_each_image_comes_from(make, tmp_path):
 
 
 def test_datalist_says_whose_images_the_generator_saw_where_that_is_known(make, tmp_path):
-    about = {"dataset": "lesions", "patients": ["0123456789abcdef"]}
-    (tmp_path / "trained_on.json").write_text(json.dumps({"weights": "model.pt", **about}))
+    about = {"dataset": "lesions", "patients": {"training": ["0123456789abcdef"], "validation": []}}
     samples = make([1])
+    (tmp_path / "trained_on.json").write_text(json.dumps({"weights_sha256": [samples.model_sha256], **about}))
     samples.begin()
     write(samples)
     samples.finish()
@@ -72,7 +72,7 @@ def test_datalist_says_whose_images_the_generator_saw_where_that_is_known(make, 
     assert "trained_on" not in json.loads((tmp_path / "out" / "generation.json").read_text())
 
     (tmp_path / "trained_on.json").write_text('{"patients": null}')
-    with pytest.raises(UserError, match=r"trained_on\.json must hold a list of patients"):
+    with pytest.raises(UserError, match=r"trained_on\.json must hold lists of patients"):
         make([2], resume=True).begin()  # before any image is made
 
 

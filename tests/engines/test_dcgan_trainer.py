@@ -13,7 +13,7 @@ from ignite.engine import Events
 from monai.data import Dataset
 
 from medgen.data.stream import ResumableDataLoader, derive_seed
-from medgen.engines import DCGAN_TRAINING, DCGANTrainer, dcgan_setting, exponential_moving_copy
+from medgen.engines import DCGAN_TRAINING, DCGANTrainer, dcgan_setting, exponential_moving_copy, standing_statistics
 from medgen.errors import UserError
 from medgen.losses import AdversarialLoss
 from medgen.networks import DCGANDiscriminator, DCGANGenerator
@@ -64,6 +64,13 @@ def outputs(engine: DCGANTrainer) -> list[dict]:
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: steps.append(engine.state.output[0]))
     engine.run()
     return steps
+
+
+def classes_of_latents(labels: list[int]) -> torch.Tensor:
+    """Classes of 256 latents, as frequent as among labels that divide 256, in an order of chance."""
+    draws = torch.Generator().manual_seed(derive_seed(SEED, 3))
+    torch.randn(256, Z, generator=draws)
+    return torch.tensor(sorted(labels)).repeat_interleave(256 // len(labels))[torch.randperm(256, generator=draws)]
 
 
 @torch.no_grad()
@@ -126,8 +133,7 @@ def test_weights_equal_those_of_a_plain_loop_written_from_the_papers(num_classes
         with torch.no_grad():
             for average, value in zip(ema.parameters(), generator.parameters(), strict=True):
                 average.copy_(decay * average + (1 - decay) * value)
-    # at the end of an epoch: the last batch's classes over and over
-    measure(ema, None if label is None else label.repeat(256 // BATCH))
+    measure(ema, classes_of_latents([0, 1]) if num_classes else None)  # at the end of an epoch
 
     for part in ("generator", "discriminator", "ema"):
         state = ours[part].state_dict()
@@ -145,7 +151,6 @@ def test_each_network_is_trained_by_its_own_loss_alone():
 
     def update(optimizer, network, loss):
         before = copy.deepcopy([given[name].state_dict() for name in ("generator", "discriminator")])
-        gradients = {name: [p.grad for p in given[name].parameters()] for name in ("generator", "discriminator")}
         other = "discriminator" if network is given["generator"] else "generator"
         for parameter in given[other].parameters():
             parameter.grad = None
@@ -153,7 +158,6 @@ def test_each_network_is_trained_by_its_own_loss_alone():
         seen.append(other)
         assert all(parameter.grad is None for parameter in given[other].parameters())
         assert all(parameter.grad is not None for parameter in network.parameters())
-        assert gradients.keys() == {"generator", "discriminator"}
         assert_same(given[other].state_dict(), before[other == "discriminator"])
 
     engine.update = update
@@ -219,6 +223,47 @@ def test_average_makes_the_same_images_in_evaluation_as_by_the_statistics_of_a_b
     # what it is for: normalised by the generator's statistics, the images have lost their contrast
     assert images.std() == pytest.approx(by_batch.std().item(), rel=0.1)
     assert by_generator.std() < 0.8 * by_batch.std()
+
+
+def test_statistics_follow_from_weights_seed_and_the_frequencies_of_the_classes():
+    network = parts(num_classes=2)["generator"]
+    with torch.no_grad():
+        network.norms[0].gain_KO[1] *= 3  # the classes' activations differ behind it
+    plain = copy.deepcopy(network)
+    labels = [1] + 15 * [0]
+    before = copy.deepcopy(network.state_dict())
+
+    standing_statistics(network, SEED, labels)
+    measure(plain, classes_of_latents(labels))
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert not network.training
+    assert {norm.momentum for norm in network.norms} == {0.1}
+
+    # in any order and repeated, whatever was measured before and drawn elsewhere
+    found = copy.deepcopy(network.state_dict())
+    torch.manual_seed(1)
+    standing_statistics(network, SEED, 3 * labels[::-1])
+    assert_same(network.state_dict(), found)
+    variances = {}
+    for name, given in (("rare", [1, *255 * [0]]), ("none", [0]), ("all", None), ("even", [1, 0])):
+        network.load_state_dict(before)
+        standing_statistics(network, SEED, given)
+        variances[name] = network.norms[1].running_var.clone()
+    assert (variances["rare"] > variances["none"]).all()  # one latent in 256 has the rare class
+    assert_same(variances["all"], variances["even"])
+
+
+def test_average_is_measured_by_the_classes_of_all_images_not_of_the_last_batch():
+    # the loader's batches have both classes
+    whole, alone = parts(num_classes=2), parts(num_classes=2)
+    for given, labels in ((whole, None), (alone, [1])):
+        trainer(given, train_data_loader=loader(labelled=True), labels=labels).run()
+    assert_same(dict(whole["ema"].named_parameters()), dict(alone["ema"].named_parameters()))
+    expected = copy.deepcopy(whole["ema"])
+    standing_statistics(expected, SEED, [1])
+    assert_same(alone["ema"].state_dict(), expected.state_dict())
+    assert not torch.equal(whole["ema"].norms[1].running_var, alone["ema"].norms[1].running_var)
 
 
 def test_without_an_average_the_average_has_the_generators_weights():

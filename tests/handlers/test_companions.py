@@ -10,6 +10,7 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
+from medgen.data import file_sha256
 from medgen.errors import UserError
 from medgen.handlers import BestModelSaver, ModelCompanions, check_trained_as, checkpoint, companions
 
@@ -42,10 +43,10 @@ def names(folder: Path) -> dict[str, str]:
     found = {
         name: (folder / name).read_text() for name in ("autoencoder.pt", "scaling.json") if (folder / name).exists()
     }
-    if (folder / "trained_on.json").exists():
+    if (folder / "trained_on.json").exists() and (folder / "model.pt").exists():
         record = json.loads((folder / "trained_on.json").read_text())
-        assert record.pop("weights") == "model.pt"
-        found["trained_on.json"] = record["dataset"]
+        if file_sha256(folder / "model.pt") in record["weights_sha256"]:  # of others it says nothing
+            found["trained_on.json"] = record["dataset"]
     if (folder / "model.pt").exists():
         found["model.pt"] = chr(int(torch.load(folder / "model.pt", weights_only=True)["weight"].item()))
     return found
@@ -82,7 +83,7 @@ def test_later_weights_leave_the_companions_alone(tmp_path):
 
     validate(saver, 0.5)
 
-    assert names(tmp_path / "models")["model.pt"] == "c"
+    assert names(tmp_path / "models") == {**dict.fromkeys(ALL, "a"), "model.pt": "c"}  # vouched for, as the first
     assert (tmp_path / "models" / "trained_as.json").stat().st_mtime_ns == before
     assert not (tmp_path / "models" / "previous").exists()
 
@@ -114,7 +115,6 @@ def test_a_kill_leaves_no_weights_with_the_companions_of_others(tmp_path, monkey
     for folder in (models, models / "previous"):
         found = names(folder)
         assert "model.pt" not in found or len(set(found.values())) == 1
-        assert "model.pt" not in found or "trained_on.json" in found  # not for a moment without
         if "model.pt" in found and (folder / "trained_as.json").exists():
             check_trained_as(
                 folder / "model.pt", prediction_type="epsilon" if found["model.pt"] == "b" else "v_prediction"
@@ -123,6 +123,22 @@ def test_a_kill_leaves_no_weights_with_the_companions_of_others(tmp_path, monkey
     validate(training(tmp_path, "b", "epsilon"), 1.0)
     assert names(models) == dict.fromkeys(ALL, "b")
     check_trained_as(models / "model.pt", prediction_type="epsilon")
+
+
+def test_a_kill_between_later_weights_and_their_record_leaves_them_without_a_word(tmp_path, monkeypatch):
+    saver = training(tmp_path, "a")
+    validate(saver, 1.0)
+    saver.network.weight.data.fill_(ord("c"))
+    with monkeypatch.context() as patch:
+        patch.setattr(companions, "atomic_write_text", lambda *_: (_ for _ in ()).throw(KilledError()))
+        with pytest.raises(KilledError):
+            validate(saver, 0.5)
+    assert "trained_on.json" not in names(tmp_path / "models")
+    assert names(tmp_path / "models")["model.pt"] == "c"
+
+    saver.best = 1.0  # the validation is repeated when the training goes on
+    validate(saver, 0.5)
+    assert names(tmp_path / "models") == {**dict.fromkeys(ALL, "a"), "model.pt": "c"}
 
 
 def test_resumed_training_of_an_older_version_leaves_its_record_with_its_next_weights(tmp_path):

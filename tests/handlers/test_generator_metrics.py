@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ from PIL import Image
 
 from medgen.errors import UserError
 from medgen.handlers import GeneratorMetrics
+from medgen.handlers.generator_metrics import _radiomic_kernel_distance
 from medgen.metrics import frd_score, kernel_distance, paired_quality, pairwise_ms_ssim
-from medgen.metrics.frd import normalise_features
+from medgen.metrics.intervals import matched_distance, real_baseline
 from medgen.metrics.radiomics import RadiomicsExtractor
 from medgen.metrics.sliced_wasserstein import sliced_wasserstein_distance
 
@@ -67,8 +69,15 @@ def frd(real, samples):
 
 def kid(real, samples, **patients):
     *tables, names = radiomics_of(real, samples)
-    normal = normalise_features(*tables, names, "frd_v1")
-    return kernel_distance(np.arcsinh(normal.reference), np.arcsinh(normal.samples), **patients)
+    return scaled_kernel_distance(*tables, names, **patients)
+
+
+def scaled_kernel_distance(x, y, names, **patients):
+    """By mean and deviation of both sets, in double precision."""
+    both = np.concatenate([x, y])
+    kept = np.ptp(both.astype(np.float32), 0) > 0
+    scaled = np.arcsinh((both - both.mean(0)) / np.where(kept, both.std(0), 1))[:, kept]
+    return kernel_distance(scaled[: len(x)], scaled[len(x) :], **patients)
 
 
 def test_figures_are_those_of_the_metrics_themselves(tmp_path):
@@ -82,7 +91,7 @@ def test_figures_are_those_of_the_metrics_themselves(tmp_path):
     assert found["ms_ssim_samples"] == pytest.approx(pairwise_ms_ssim(pred).mean, abs=1e-6)
     assert found["ms_ssim_test"] == pytest.approx(pairwise_ms_ssim(image).mean, abs=1e-6)
     assert found["frd"] == pytest.approx(frd(image, pred), rel=1e-6)
-    assert found["kid"] == pytest.approx(kid(image, pred), rel=1e-6)
+    assert found["kid"] == pytest.approx(kid(image, pred), rel=1e-4)
     swd = sliced_wasserstein_distance(image.numpy(), pred.numpy())
     assert {side: found[f"swd_{side}"] for side in (64, 32, 16)} == pytest.approx(swd, rel=1e-4)
     assert found["swd"] == pytest.approx(np.mean(list(swd.values())), rel=1e-4)
@@ -157,15 +166,64 @@ def test_pixels_are_held_once(tmp_path):
 
 def test_kernel_distance_compares_no_images_of_one_patient(tmp_path, caplog):
     pred, image = textures(8, 16, 0), textures(4, 16, 1).repeat_interleave(2, 0)
+    patients = list("aabbccdd")
 
-    found = measure(GeneratorMetrics(tmp_path / "p.png"), pred, image, patients=list("aabbccdd"))
+    found = measure(GeneratorMetrics(tmp_path / "p.png"), pred, image, patients=patients)
 
-    assert found["kid"] == pytest.approx(kid(image, pred, x_patients=list("aabbccdd")), rel=1e-6)
+    assert found["kid"] == pytest.approx(kid(image, pred, x_patients=patients), rel=1e-4)
     assert found["kid"] < kid(image, pred)
+    *tables, names = radiomics_of(image, pred)
+    statistic = functools.partial(scaled_kernel_distance, names=names)
+    expected = {
+        by_patient: {
+            "kid_real": real_baseline(tables[0], patients, statistic, by_patient=by_patient).mean,
+            "kid_equal_n": matched_distance(
+                *tables, statistic, reference_patients=patients, by_patient=by_patient
+            ).mean,
+        }
+        for by_patient in (True, False)
+    }
+    for name, value in expected[True].items():
+        assert found[name] == pytest.approx(value, rel=1e-4)
+        assert value < expected[False][name] - 0.1
     with caplog.at_level(logging.WARNING):
         found = measure(GeneratorMetrics(tmp_path / "p.png"), pred, textures(8, 16, 2), patients=list("aaaaaaaa"))
     assert "kid is left out: expected images of at least 2 patients, got 1 patient" in caplog.text
     assert "frd" in found
+
+
+@pytest.mark.parametrize("n", [4, 20])
+def test_kernel_distance_of_sets_that_could_change_places_is_0_on_average(n):
+    rng = np.random.default_rng(n)
+    mixing = rng.normal(size=(4, 12))
+    names = [f"feature {i}" for i in range(12)]
+    sets = [[np.exp(rng.normal(size=(n, 4)) @ mixing) for _ in range(2)] for _ in range(150)]
+
+    values = [_radiomic_kernel_distance(*pair, names) for pair in sets]
+
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
+
+
+def test_real_images_are_paired_with_those_of_other_patients(tmp_path, caplog):
+    image, patients = textures(6, 16, 1), list("aabbca")
+    handler = GeneratorMetrics(tmp_path / "p.png", num_classes=2, source_metrics=True)
+
+    with caplog.at_level(logging.WARNING):
+        found = measure(handler, textures(6, 16, 0), image, patients, labels=[0, 0, 1, 1, 1, 0])
+
+    def stretched(images):
+        low, high = (end(images, dim=(1, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
+        return (images - low) / (high - low)
+
+    image = stretched(image)
+    expected = paired_quality(image, image[[2, 2, 4, 4, 5, 2]], ["psnr", "ssim"]).summary
+    assert found["unpaired_psnr_real"] == pytest.approx(expected["psnr"].mean, rel=1e-4)
+    assert found["unpaired_ssim_real"] == pytest.approx(expected["ssim"].mean, rel=1e-4)
+    expected = paired_quality(image[2:5], image[[4, 4, 2]], ["psnr"]).summary
+    assert found["unpaired_psnr_real_class1"] == pytest.approx(expected["psnr"].mean, rel=1e-4)
+    assert "unpaired_psnr_class0" in found
+    assert "unpaired_psnr_real_class0" not in found
+    assert "unpaired figures of real images are left out: all images are of one patient" in caplog.text
 
 
 def test_figures_of_the_source_are_of_images_that_have_nothing_to_do_with_each_other(tmp_path, caplog):

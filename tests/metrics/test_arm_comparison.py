@@ -51,8 +51,13 @@ def test_an_arm_like_the_reference_differs_by_nothing():
     found = compare_arms({"real": arms["real"], "other": arms["real"]}, patients, **QUICK)
     for name in CLASSIFICATION_METRICS:
         same, reference = figure(found, "other", name), figure(found, "real", name)
-        assert (same.difference, same.difference_low, same.difference_high) == (0, 0, 0), name
+        assert same.difference == 0, name
         assert (same.p_value, same.p_networks) == (1, 1), name
+        # 60 patients of whom 18 are ill: in others the two may differ; of the rest no resample tells anything
+        n = {"accuracy": 60, "specificity": 42, "sensitivity": 18, "balanced_accuracy": 18}.get(name)
+        far = n and pytest.approx(1 - 0.025 ** (1 / n))
+        assert (same.difference_low and -same.difference_low, same.difference_high) == (far, far), name
+        assert ("none of whom makes one" if n else "no interval of the difference") in same.note
         assert (same.value, same.low, same.high) == (reference.value, reference.low, reference.high)
         assert reference.p_value is reference.difference is None
 
@@ -159,8 +164,21 @@ def test_perfect_classifiers_have_intervals_with_a_width():
     area = figure(found, "real", "auroc")
     assert 0.8 < area.low < area.value == 1
     assert "Newcombe" in area.note
-    assert "separates" in figure(found, "real", "average_precision").note
-    assert figure(found, "other", "auroc").p_value == 1
+    precision = figure(found, "real", "average_precision")
+    assert (precision.value, precision.low, precision.high) == (1, None, None)
+    assert "no interval, as every resample separates the classes" in precision.note
+    # of two at the edge the difference reaches as far as either one may be from it
+    for name in ("accuracy", "sensitivity", "auroc"):
+        one, of_reference = figure(found, "other", name), figure(found, "real", name)
+        assert one.p_value == 1
+        ends = (one.difference_low, one.difference_high)
+        assert ends == pytest.approx((of_reference.low - 1, 1 - of_reference.low)), name
+        assert ends[0] < -0.04
+    assert figure(found, "other", "average_precision").difference_low is None
+    wrong = {seed: scored(4 - 8 * labels + 0.01 * np.arange(70), labels) for seed in range(2)}
+    other = figure(compare_arms({"real": perfect, "other": wrong}, None, **QUICK), "other", "accuracy")
+    assert (other.difference, other.difference_low) == (-1, -1)
+    assert other.difference_high == pytest.approx(1 - 2 * 0.9487, abs=2e-4)
 
 
 def test_draws_without_a_class_are_left_out_and_counted():
@@ -186,6 +204,24 @@ def test_the_test_keeps_its_level_and_intervals_hold_the_truth_where_seeds_scatt
         assert np.mean([one.difference_low <= 0 <= one.difference_high for one in of_arm]) > 0.905, name
     # what the seeds do is not in the shuffles alone
     assert np.mean([figure(one, "other", "auroc").p_networks <= 0.05 for one in found]) > 0.15
+
+
+def test_equal_calibration_errors_to_opposite_sides_are_not_told_for_different_ones():
+    rng, found = np.random.default_rng(13), []
+    for number in range(100):
+        risk = rng.normal(0, 1.5, 240)
+        labels = (rng.random(240) < expit(risk)).astype(int)
+        noise = 0.3 * rng.normal(size=(2, 240))
+        arms = {"real": {0: scored(risk - 0.8 + noise[0], labels)}, "other": {0: scored(risk + 0.8 + noise[1], labels)}}
+        names = ("ece", "calibration_in_the_large")
+        found.append(compare_arms(arms, None, names=names, resamples=200, shuffles=199, seed=number))
+    of_arm = [figure(one, "other", "ece") for one in found]
+    # exchanges of the predictions gave 36 %
+    assert np.mean([one.p_value <= 0.05 for one in of_arm]) < 0.15
+    # as the interval, of which it is made
+    agree = [(one.p_value <= 0.05) != (one.difference_low <= 0 <= one.difference_high) for one in of_arm]
+    assert np.mean(agree) > 0.9
+    assert all(figure(one, "other", "calibration_in_the_large").p_value <= 0.05 for one in found)
 
 
 def test_a_clear_difference_is_found():

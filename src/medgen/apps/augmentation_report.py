@@ -37,6 +37,9 @@ __all__ = ["REFERENCE", "Arm", "AugmentationReport", "Predictions", "check_same_
 logger = logging.getLogger(__name__)
 
 REFERENCE = "real"  # arm that the others are held against
+PRIMARY = (
+    "auroc"  # chosen before any study was looked at: needs no threshold, and is what the best weights are taken by
+)
 OF_A_CLASS = ("auroc", "average_precision", "sensitivity", "specificity")
 DRAWN = ("auroc", "average_precision", "sensitivity", "specificity", "accuracy", "ece")
 SIGNIFICANT = 0.05
@@ -48,8 +51,10 @@ _ABOUT_INTERVALS = (
     "Each figure is the mean over the seeds. Intervals ({level:.0%}) and p are for other patients and, with two seeds "
     "or more, for other trainings as well, of which two seeds tell next to nothing and three little: five are better. "
     "P *of these networks* takes the trained networks for given and asks for other patients alone. Tests are "
-    "two-sided and paired: the same patients, the same seeds. Holm's p allows for all arms that are held against "
-    "*{reference}* in a table; it does not allow for looking at several tables."
+    "two-sided and paired: the same patients, the same seeds. The one primary figure is {primary} of all images: its "
+    "Holm's p allows for all arms that are held against *{reference}*. The other figures, and those of single classes, "
+    "are descriptive: Holm's p allows for the arms of one figure, and of many figures some are below {significant:g} "
+    "by chance."
 )
 _ABOUT_CALIBRATION = (
     "Brier score, calibration error and negative log-likelihood are best at 0; calibration in the large is above 0 "
@@ -274,7 +279,8 @@ class AugmentationReport:
 
     def markdown(self) -> str:
         """The text of ``study.md``."""
-        told = _ABOUT_INTERVALS.format(level=self.level, reference=REFERENCE)
+        primary = CLASSIFICATION_METRICS[PRIMARY].title
+        told = _ABOUT_INTERVALS.format(level=self.level, reference=REFERENCE, primary=primary, significant=SIGNIFICANT)
         lines = ["# What synthetic images are worth to a classifier", ""]
         lines += [f"- {name}: {text}" for name, text in {**self.about, "test": self._about_test()}.items() if text]
         lines += ["", "## Arms", "", *self._table_of_arms(), "", "## Figures", "", told, "", _ABOUT_CALIBRATION, ""]
@@ -430,7 +436,8 @@ class AugmentationReport:
             colour = OPEN
             if row["p_holm"] is not None and row["p_holm"] <= SIGNIFICANT:
                 colour = BETTER if (value > 0) == (about.best == "high") else WORSE
-            axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+            if low is not None:
+                axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
             axes.plot(value, place, marker="o" if colour == OPEN else "D", color=colour, markersize=5)
             axes.plot(dots, [place - 0.25] * len(dots), ".", color=LINE, markersize=3)
         if compared:
@@ -473,7 +480,9 @@ def _tested(row: Mapping[str, Any]) -> list[str]:
     return [gap, *(f"{row[name]:.3g}" for name in ("p_value", "p_holm", "p_networks"))]
 
 
-def _with_interval(value: float, low: float, high: float, sign: str = "") -> str:
+def _with_interval(value: float, low: float | None, high: float | None, sign: str = "") -> str:
+    if low is None or high is None:
+        return f"{value:{sign}.3f} (no interval)"
     return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 

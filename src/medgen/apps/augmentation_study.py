@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,14 @@ from medgen.apps.augmentation_report import (
     check_same_images,
     read_predictions,
 )
-from medgen.apps.runs import Run, Step, end_study, run_all
-from medgen.data.augmentation import AUGMENTATION_ARMS, augmentation_arm, load_synthetic, mix_synthetic
+from medgen.apps.runs import Run, Step, _config_files, check_steps, end_study, run_all
+from medgen.data.augmentation import (
+    AUGMENTATION_ARMS,
+    augmentation_arm,
+    load_synthetic,
+    mix_synthetic,
+    synthetic_mismatch,
+)
 from medgen.data.classes import class_names
 from medgen.data.datalist import load_classes, validate_datalist
 from medgen.data.provenance import check_synthetic
@@ -25,17 +32,21 @@ from medgen.data.shard import parse_shard
 from medgen.errors import UserError
 from medgen.metrics.arm_comparison import SHUFFLES
 from medgen.metrics.classification import pick_threshold
-from medgen.metrics.intervals import CHEAP_RESAMPLES
+from medgen.metrics.intervals import CHEAP_RESAMPLES, FEWEST_FOR_PERCENTILES, check_level
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
 __all__ = ["AugmentationStudy"]
 
-# settings of the training that the evaluation needs as well
-OF_BOTH = (
-    "datalist", "dataset_dir", "device", "num_classes", "image_size", "in_channels", "batch_size", "num_workers"
-)  # fmt: skip
+# what an arm, a seed and the study itself decide
+OF_THE_STUDY = frozenset(
+    {
+        *("arm", "augment", "synthetic_ratio", "synthetic_only", "balance", "synthetic", "allow_unknown"),
+        *("seed", "resume", "resume_from", "output_dir", "model_path"),
+    }
+)
+SHUFFLES_PER_ARM = 20  # with fewer, the smallest p-value is above 0.05 after Holm's correction
 
 
 class AugmentationStudy:
@@ -53,20 +64,22 @@ class AugmentationStudy:
         bundle_root: folder of a bundle whose configs take ``arm``, ``synthetic``, ``seed`` and ``resume``.
         output_dir: folder of the results.
         training: id -> value of every training, among them ``datalist`` and ``num_classes``; None keeps the config's.
+            The evaluation gets those that it has as well.
         arms: names of ``AUGMENTATION_ARMS`` with ``real``; None for all that the images allow.
         seeds: as :func:`medgen.inferers.parse_numbers` takes them.
         synthetic: datalist of synthetic images, or several; None for none.
         allow_unknown: go on where it is not known whose images a generator saw.
         overlays: configs laid over both ``train.json`` and ``evaluate.json``, such as another network.
-        threshold: of p1; None for the one of each run's validation images.
+        threshold: of p1 in the report; None for the one of each run's validation images.
         resamples: of the intervals.
         shuffles: of the tests.
         level: of confidence.
         seed: of both.
 
     Raises:
-        UserError: an arm that is unknown, stands twice or that the images do not allow, no arm ``real``, or synthetic
-            images of a generator that saw patients of the test.
+        UserError: an arm that is unknown, stands twice or that the images do not allow, no arm ``real``, synthetic
+            images of a generator that saw patients of the test, a setting of the training that does not exist or that
+            the arms and seeds decide, statistics out of range, or too few shuffles for that many arms.
     """
 
     def __init__(
@@ -85,26 +98,51 @@ class AugmentationStudy:
         level: float = 0.95,
         seed: int = 0,
     ) -> None:
+        from monai.bundle import ConfigParser
+
         from medgen.inferers import parse_numbers
-        from medgen.settings import optional
+        from medgen.settings import check_between, check_whole, optional
 
         self.bundle_root, self.output_dir = Path(bundle_root).resolve(), Path(output_dir)
         self.training = {name: value for name, value in training.items() if optional(value) is not None}
+        self.overlays = [overlays] if isinstance(overlays, str) else list(overlays)
+        overlaid = ConfigParser.load_config_files(self._files("train.json")[1:]) if self.overlays else {}
+        given = {*map(_top, self.training), *overlaid}
+        if own := sorted(given & OF_THE_STUDY):
+            raise UserError(
+                f"training and overlays must leave to the study what tells its runs apart, got {', '.join(own)}; leave "
+                "it out, and choose with --arms, --seeds, --synthetic and --output_dir"
+            )
+        check_steps([Step(["train.json", *self.overlays], self.training)], self.bundle_root)
         self.seeds = list(dict.fromkeys(parse_numbers(seeds, "seeds")))
         synthetic = optional(synthetic)
         self.synthetic = [synthetic] if isinstance(synthetic, str) else [str(path) for path in synthetic or ()]
-        self.overlays = [overlays] if isinstance(overlays, str) else list(overlays)
         self.allow_unknown, self.threshold = allow_unknown, optional(threshold)
+        check_level(level)
+        check_whole(FEWEST_FOR_PERCENTILES, resamples=resamples)
+        check_whole(shuffles=shuffles)
         self.statistics = {"resamples": resamples, "shuffles": shuffles, "level": level, "seed": seed}
         datalist, self.num_classes = self.training["datalist"], int(self.training["num_classes"])
-        if self.threshold is not None and self.num_classes > 2:
-            raise UserError(f"a threshold takes two classes, got {self.num_classes}; set --threshold null")
+        if self.threshold is not None:
+            check_between(0, 1, threshold=self.threshold)
+            if self.num_classes > 2:
+                raise UserError(f"a threshold takes two classes, got {self.num_classes}; set --threshold null")
         self.class_names = class_names(datalist, self.num_classes)
-        self.beyond = check_synthetic(self.synthetic, datalist, allow_unknown=allow_unknown) if self.synthetic else 0
+        self.beyond = check_synthetic(self.synthetic, datalist, allow_unknown=allow_unknown)
         self.real = load_classes(datalist, "training", self.training.get("dataset_dir"), self.num_classes)
         names = class_names(datalist, self.num_classes, numbered=False)
         self.pool = load_synthetic(self.synthetic, self.num_classes, names)
         self.arms, self.left_out = self._possible(optional(arms))
+        if shuffles < SHUFFLES_PER_ARM * (len(self.arms) - 1):
+            raise UserError(
+                f"shuffles must be at least {SHUFFLES_PER_ARM * (len(self.arms) - 1)} for {len(self.arms) - 1} arms "
+                f"beside {REFERENCE}, so that one of them can have a Holm's p of 0.05, got {shuffles}; set --shuffles "
+                f"{SHUFFLES}"
+            )
+
+    def _files(self, name: str) -> list[str]:
+        """A config of the bundle and the overlays."""
+        return _config_files([name, *self.overlays], self.bundle_root)
 
     def _possible(self, arms: str | Sequence[str] | None) -> tuple[dict[str, Arm], list[Arm]]:
         """Arms to be run, with their numbers of training images, and those left out."""
@@ -115,8 +153,8 @@ class AugmentationStudy:
                 f"arms must be different names with {REFERENCE} among them, which the others are held against, got "
                 f"{', '.join(names) or 'none'}; set --arms"
             )
-        possible, left_out = {}, []
-        for name in names:
+        possible, left_out, before = {}, [], {}
+        for name in sorted(names, key=lambda name: name != REFERENCE):
             row = {key: augmentation_arm(name, key) for key in ("ratio", "only", "balance")}
             try:
                 items = mix_synthetic(self.real, self.pool, **row, seed=self.seeds[0])
@@ -125,6 +163,11 @@ class AugmentationStudy:
                     raise UserError(f"arm {name}: {error}") from error
                 left_out.append(Arm(name, left_out=str(error)))
                 continue
+            made_of = (augmentation_arm(name, "augment"), tuple((item["image"], item["synthetic"]) for item in items))
+            same = before.setdefault(made_of, name)
+            if same != name:
+                left_out.append(Arm(name, left_out=f"the same images as {same}, used in the same way"))
+                continue
             counts = Counter((item["label"], item["synthetic"]) for item in items)
             real, synthetic = ([counts[k, which] for k in range(self.num_classes)] for which in (False, True))
             possible[name] = Arm(name, real, synthetic)
@@ -132,18 +175,23 @@ class AugmentationStudy:
 
     # ------------------------------------------------------------------ what is run
 
+    @cached_property
+    def _of_evaluation(self) -> set[str]:
+        """Settings that the evaluation has."""
+        from monai.bundle import ConfigParser
+
+        return set(ConfigParser.load_config_files(self._files("evaluate.json")))
+
     def _folder(self, arm: str, seed: int) -> Path:
         return self.output_dir / "runs" / arm / f"seed{seed}"
 
     def _run(self, arm: str, seed: int) -> Run:
         folder = self._folder(arm, seed)
         own = {"seed": seed, "output_dir": str(folder), "model_path": str(folder / "model.pt")}
-        training = {**self.training, **own, "arm": arm, "resume": True}
+        training = {**self.training, **own, "arm": arm, "resume": True, "allow_unknown": self.allow_unknown}
         if any(self.arms[arm].synthetic):
-            training |= {"synthetic": self.synthetic, "allow_unknown": self.allow_unknown}
-        evaluation = {name: self.training[name] for name in OF_BOTH if name in self.training} | own
-        if self.threshold is not None:
-            evaluation["threshold"] = self.threshold
+            training["synthetic"] = self.synthetic
+        evaluation = {name: value for name, value in training.items() if _top(name) in self._of_evaluation} | own
         steps = [
             Step(["train.json", *self.overlays], training),
             Step(["evaluate.json", *self.overlays], evaluation),
@@ -211,9 +259,7 @@ class AugmentationStudy:
         """Steps of every training, and the head of the report."""
         from monai.bundle import ConfigParser
 
-        root = self.bundle_root / "configs"
-        files = [root / name if (root / name).is_file() else Path(name) for name in ("train.json", *self.overlays)]
-        parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
+        parser = ConfigParser(ConfigParser.load_config_files(self._files("train.json")))
         parser.update(pairs={"bundle_root": str(self.bundle_root), **self.training})
         steps = int(parser.get_parsed_content("max_steps"))
         content = validate_datalist(self.training["datalist"])
@@ -232,6 +278,7 @@ class AugmentationStudy:
             f"validation images; seeds {', '.join(map(str, self.seeds))}",
             "threshold": self._about_threshold(validation),
             "synthetic images": self._about_synthetic(),
+            "caution": (synthetic_mismatch(self.real, self.pool) if self.pool else None) or "",
         }
         return steps, about
 
@@ -259,20 +306,24 @@ class AugmentationStudy:
             saw = "of unknown patients"
             if record:
                 images = record.get("images") or {}
-                saw = f"that saw {len(record['patients']):,} patients of {record.get('dataset') or 'a data set'}" + (
+                patients = sum(len(of_split) for of_split in record["patients"].values())
+                saw = f"that saw {patients:,} patients of {record.get('dataset') or 'a data set'}" + (
                     f" ({', '.join(f'{count:,} {split} images' for split, count in images.items())})" if images else ""
                 )
             told.append(f"{len(items):,} of a generator ({model}) {saw}")
         if not told:
             return "none"
-        test = "none of them in the test"
-        if self.beyond:
-            test += (
-                f", but {self.beyond:,} in no training or validation split of the real images: the arms with synthetic "
-                "images have the advantage of them"
-            )
-        known = "" if not self.allow_unknown else "; unknown patients were allowed"
-        return f"{'; '.join(told)}; {test}{known}"
+        known = "; unknown patients were allowed" if self.allow_unknown else ""
+        advantage = ": the arms with synthetic images have the advantage of them" if self.beyond else ""
+        return (
+            f"{'; '.join(told)}{known}; of those known none is in the test, and {self.beyond:,} are in no training or "
+            f"validation split of the real images{advantage}"
+        )
+
+
+def _top(name: str) -> str:
+    """The id at the head of a config that a setting such as ``network_def#init_features`` is part of."""
+    return name.split("#")[0].split("::")[0]
 
 
 def _network(parser: ConfigParser) -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from medgen.apps.runs import Run, Step, end_study, run_all
+from medgen.apps.runs import OF_THE_MACHINE, Run, Step, check_steps, end_study, run_all
 from medgen.data.datalist import evenly
 from medgen.data.shard import parse_shard
 from medgen.errors import UserError
@@ -31,7 +32,10 @@ SHOWN = 8  # images of a row of the picture
 CELL, GAP, LABEL, FONT = 96, 3, 170, 15  # pixels of the picture
 # of a generator, that its training, sampling and evaluation must agree on
 OF_NETWORK = ("preset", "image_size", "latent_dim", "g_channels", "in_channels", "num_classes")
-# columns: setting -> head
+OF_UNTRAINED = ("image_size", "latent_dim", "g_channels")  # what an untrained generator is told apart by
+OF_THE_STUDY = ("preset", "output_dir", "model_path", "resume")  # settings of a training that it chooses itself
+OF_THE_DATA = ("datalist", "label", "seed")  # told above the tables
+# columns: setting -> head; what else is given for the trainings follows under its own name
 SETTINGS = {
     "image_size": "side",
     "batch_size": "batch",
@@ -49,21 +53,21 @@ SETTINGS = {
     "epochs": "epochs",
 }
 # distance -> head; each with its baseline <name>_real
-DISTANCES = {"kid": "KID", "frd_equal_n": "FRD", "swd_equal_n": "SWD"}
-BASELINES = {"kid": "kid_real", "frd_equal_n": "frd_real", "swd_equal_n": "swd_real"}
+DISTANCES = {"kid_equal_n": "KID", "frd_equal_n": "FRD", "swd_equal_n": "SWD"}
+BASELINES = {"kid_equal_n": "kid_real", "frd_equal_n": "frd_real", "swd_equal_n": "swd_real"}
 # figures of unpaired images -> head
 UNPAIRED = {"psnr": "PSNR ↑", "ssim": "SSIM ↑", "ms_gmsd": "MS-GMSD ↓", "mdsi": "MDSI ↓", "haarpsi": "HaarPSI ↑"}
 
 _ABOUT_ROWS = (
     "The measured weights are the best of each training by its validation; *images shown* is how many images the "
-    "discriminator had seen by then. *untrained* is the first preset's generator before its first step, *real images* "
-    "are compared with other real images: a figure tells as much as lies between these two rows."
+    "discriminator had seen by then. *untrained* is a generator of the first preset's size before its first step, "
+    "*real images* are compared with other real images: a figure tells as much as lies between these two rows."
 )
 _ABOUT_DISTANCES = (
-    "Lower is nearer. KID is of radiomic features and unbiased: 0 on average for a perfect generator, at any n. FRD "
-    "and SWD fall with n and are given at equal n. In brackets: how far halves of the real images are from each "
-    "other. MS-SSIM is the likeness of pairs of samples, in brackets that of real images: far above it, samples are "
-    "too much alike."
+    "Lower is nearer. KID, FRD and SWD are of half of the real images and as many samples; KID and FRD of radiomic "
+    "features. In brackets: how far halves of the real images are from each other, which a perfect generator comes to. "
+    "MS-SSIM is the likeness of pairs of samples, in brackets that of real images: far above it, samples are too much "
+    "alike."
 )
 _ABOUT_UNPAIRED = (
     "Sample i against real image i, each stretched to its own range. The two have nothing to do with each other: PSNR "
@@ -76,8 +80,8 @@ class GeneratorStudy:
     """Trains each preset of a bundle, samples and measures it, and tells all in one table.
 
     Each preset has a folder of its own below ``output_dir``, which is what ``train.json``, ``inference.json`` and
-    ``evaluate.json`` of the bundle make of it; a preset whose ``metrics.json`` is there is done. ``untrained``, the
-    first preset's generator before its first step, is measured with them: what a figure is worth shows between that row
+    ``evaluate.json`` of the bundle make of it; a preset whose ``metrics.json`` is there is done. An
+    untrained generator of the first preset's size is measured with them: what a figure is worth shows between that row
     and the one of real images, whose figures are those of real images against others.
 
     Written are ``study.md``, ``study.csv``, ``study.json`` and ``study.png``.
@@ -93,7 +97,7 @@ class GeneratorStudy:
         published_by: sentences on where these figures are from, for their table.
 
     Raises:
-        UserError: no preset, one that stands twice or is unknown, or a setting that cannot be.
+        UserError: no preset, one that stands twice or is unknown, or a setting that cannot be or that there is not.
     """
 
     def __init__(
@@ -112,13 +116,22 @@ class GeneratorStudy:
         presets = [presets] if isinstance(presets, str) else list(presets)
         if not presets or len(set(presets)) < len(presets):
             raise UserError(f"presets must be different names, got {', '.join(presets) or 'none'}; set --presets")
-        if isinstance(epoch_share, bool) or not 0 < epoch_share:
+        is_number = isinstance(epoch_share, int | float) and not isinstance(epoch_share, bool)
+        if not is_number or not 0 < epoch_share < math.inf:
             raise UserError(f"epoch_share must be a number above 0, got {epoch_share!r}; set --epoch_share 1")
         self.bundle_root, self.output_dir = Path(bundle_root).resolve(), Path(output_dir)
         self.training = {name: value for name, value in training.items() if optional(value) is not None}
         self.evaluation = {name: value for name, value in evaluation.items() if optional(value) is not None}
+        for name in OF_THE_STUDY:
+            if name in self.training:
+                raise UserError(f"training must not have {name}, which the study sets for each preset; leave it out")
         self.presets, self.epoch_share = presets, epoch_share
         self.published, self.published_by = dict(published or {}), published_by
+        check_steps([Step("train.json", self.training), Step("evaluate.json", self.evaluation)], self.bundle_root)
+        further = {name: name for name in self.training if name not in {*OF_THE_MACHINE, *OF_THE_DATA}}
+        self.columns = {**SETTINGS, **{name: head for name, head in further.items() if name not in SETTINGS}}
+        if "max_images" in self.training:  # which says how long they last in the place of the epochs
+            del self.columns["epochs"]
         self.settings = {preset: self._settings(preset) for preset in presets}  # asks for each before any is trained
 
     # ------------------------------------------------------------------ what is run
@@ -134,7 +147,7 @@ class GeneratorStudy:
     def _settings(self, preset: str) -> dict[str, Any]:
         """What a preset trains with, once all that is given is laid over it."""
         parser = self._config("train.json", self._training(preset))
-        return {name: parser.get_parsed_content(name) for name in SETTINGS}
+        return {name: parser.get_parsed_content(name) for name in self.columns}
 
     def _training(self, preset: str) -> dict[str, Any]:
         given = {"preset": preset, **self.training}
@@ -147,23 +160,33 @@ class GeneratorStudy:
         given = self._training(preset)
         return {name: given[name] for name in OF_NETWORK if name in given}
 
-    def _run(self, name: str, preset: str, trains: bool = True) -> Run:
-        folder = self.output_dir / name
+    def _untrained(self) -> dict[str, Any]:
+        """Settings of the untrained generator, without a preset's name: all presets of its size share it."""
+        first = self.settings[self.presets[0]]
+        network = self._network(self.presets[0]) | {name: first[name] for name in OF_UNTRAINED}
+        return {name: value for name, value in network.items() if name != "preset"}
+
+    def _folder(self, name: str) -> Path:
+        if name == UNTRAINED:
+            name = "_".join([UNTRAINED, *(str(self._untrained()[key]) for key in OF_UNTRAINED)])
+        return self.output_dir / name
+
+    def _run(self, name: str) -> Run:
+        folder = self._folder(name)
         files = {"output_dir": str(folder), "model_path": str(folder / "model.pt")}
-        network = self._network(preset)
+        network = self._untrained() if name == UNTRAINED else self._network(name)
         of_machine = {key: value for key, value in self.training.items() if key in ("device", "num_workers")}
         steps = [
             Step("inference.json", {**network, **of_machine, **files, "seeds": f"0-{SHOWN - 1}", "resume": True}),
             Step("evaluate.json", {**network, **of_machine, **self.evaluation, **files}),
         ]
-        if trains:
-            steps.insert(0, Step("train.json", {**self._training(preset), **files, "resume": True}))
+        if name != UNTRAINED:
+            steps.insert(0, Step("train.json", {**self._training(name), **files, "resume": True}))
         return Run(name, steps, folder / "metrics.json")
 
     def runs(self) -> list[Run]:
         """All runs: the untrained generator's, then each preset's."""
-        trained = [self._run(preset, preset) for preset in self.presets]
-        return [self._run(UNTRAINED, self.presets[0], trains=False), *trained]
+        return [self._run(name) for name in (UNTRAINED, *self.presets)]
 
     def run(self, shard: str | None = None) -> None:
         """Do what is missing, and write the table and the picture.
@@ -176,7 +199,8 @@ class GeneratorStudy:
             SystemExit: some runs have failed.
         """
         runs = self.runs()
-        self._make_untrained()
+        if not runs[0].done.is_file():
+            self._make_untrained()
         failed = run_all(runs, self.bundle_root, shard)
         if parse_shard(shard) is None:
             self.write(failed)
@@ -186,14 +210,16 @@ class GeneratorStudy:
         end_study(failed, count, shard)
 
     def _make_untrained(self) -> None:
-        """The weights that a training of the first preset would begin with, or ones like them."""
+        """Weights like those that a training begins with, with statistics as it measures them before a validation."""
         import torch
 
-        path = self.output_dir / UNTRAINED / "model.pt"
-        if path.is_file():
-            return
-        torch.manual_seed(self.training.get("seed", 0))
-        network = self._config("inference.json", self._network(self.presets[0])).get_parsed_content("network_def")
+        from medgen.engines import standing_statistics
+
+        path = self._folder(UNTRAINED) / "model.pt"
+        seed = self.training.get("seed", 0)
+        torch.manual_seed(seed)
+        network = self._config("inference.json", self._untrained()).get_parsed_content("network_def")
+        standing_statistics(network, seed)
         with atomic_file(path) as file:
             torch.save(network.state_dict(), file)
 
@@ -210,7 +236,7 @@ class GeneratorStudy:
         atomic_write_text(self.output_dir / "study.md", self._markdown(rows, about, failed))
         record = {"about": about, "rows": rows, "git": git_revision()}
         atomic_write_text(self.output_dir / "study.json", json.dumps(plain_json(record), indent=4) + "\n")
-        columns = list(dict.fromkeys(["name", *SETTINGS, *(name for row in rows for name in row)]))
+        columns = list(dict.fromkeys(["name", *self.columns, *(name for row in rows for name in row)]))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -229,10 +255,12 @@ class GeneratorStudy:
             if name in failed:
                 rows.append(row | {"failed": failed[name]})
                 continue
-            metrics = _read_json(self.output_dir / name / "metrics.json")
-            best = _read_json(self.output_dir / name / "best.json") if name != UNTRAINED else {"images_seen": 0}
+            metrics = _read_json(self._folder(name) / "metrics.json")
+            best = _read_json(self._folder(name) / "best.json") if name != UNTRAINED else {"images_seen": 0}
             rows.append(row | {"images_seen": best["images_seen"]} | _figures(metrics))
-            real.setdefault(int(metrics["resolution"]), _of_real(metrics))
+            of_size = real.setdefault(int(metrics["resolution"]), {})
+            # a figure of real images may fail in one run and be there in the next
+            of_size |= {key: value for key, value in _of_real(metrics).items() if of_size.get(key) is None}
         return rows + [{"name": f"{REAL}, {side} px", **figures} for side, figures in sorted(real.items())]
 
     def _about(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -252,7 +280,7 @@ class GeneratorStudy:
 
     def _markdown(self, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], failed: Mapping[str, str]) -> str:
         first = self.settings[self.presets[0]]
-        differing = [name for name in SETTINGS if any(of[name] != first[name] for of in self.settings.values())]
+        differing = [name for name in self.columns if any(of[name] != first[name] for of in self.settings.values())]
         of_label = "" if about["label"] is None else f" of label {about['label']}"
         lines = [
             "# Presets, trained and measured alike",
@@ -264,7 +292,7 @@ class GeneratorStudy:
             _ABOUT_ROWS,
             "",
             *_table(
-                ["preset", *(SETTINGS[name] for name in differing), "images shown"],
+                ["preset", *(self.columns[name] for name in differing), "images shown"],
                 [
                     [row["name"], *(_shown(row.get(name)) for name in (*differing, "images_seen"))]
                     for row in rows
@@ -273,7 +301,7 @@ class GeneratorStudy:
             ),
             "",
             "All: "
-            + ", ".join(f"{SETTINGS[name]} {_shown(first[name])}" for name in SETTINGS if name not in differing)
+            + ", ".join(f"{head} {_shown(first[name])}" for name, head in self.columns.items() if name not in differing)
             + ".",
             "",
             "## Distances from real images",
@@ -316,7 +344,7 @@ class GeneratorStudy:
         """The picture: a row of real images, and one of each run's samples."""
         rows: dict[str, list[Image.Image]] = {REAL: self._real_pictures()}
         for name in (UNTRAINED, *self.presets):
-            files = [self.output_dir / name / "samples" / f"seed{seed:06d}.png" for seed in range(SHOWN)]
+            files = [self._folder(name) / "samples" / f"seed{seed:06d}.png" for seed in range(SHOWN)]
             rows[name] = [] if name in failed else [Image.open(file) for file in files if file.is_file()]
         sheet = Image.new("RGB", (LABEL + SHOWN * (CELL + GAP), len(rows) * (CELL + GAP)), "white")
         draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)

@@ -8,24 +8,28 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medgen.data.image_set import file_sha256
 from medgen.data.shard import parse_shard, shard_of, warn_of_missing
 from medgen.errors import UserError, find_user_error
 from medgen.output import atomic_write_text, plain_json
 
-__all__ = ["FAILED", "Run", "Step", "end_study", "run_all", "run_config"]
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
+
+__all__ = ["FAILED", "Run", "Step", "check_steps", "end_study", "run_all", "run_config"]
 
 logger = logging.getLogger(__name__)
 
 FAILED = 3  # exit code: done, but some runs have failed and are told; as of the preprocessing commands
 # settings that change where a run computes and where its files lie, and not what comes out
 OF_THE_MACHINE = frozenset(
-    {"cache_rate", "dataset_dir", "device", "model_path", "num_workers", "output_dir", "resume", "tracking_uri"}
+    {"bundle_root", "cache_rate", "dataset_dir", "device", "model_path", "num_workers", "output_dir", "resume"}
+    | {"tracking_uri"}
 )
 
 
@@ -65,13 +69,63 @@ class Run:
         """File of the settings."""
         return self.done.with_name(f"{self.done.stem}.run.json")
 
-    def settings(self) -> list[dict[str, Any]]:
-        """What decides the results, for the record: JSON files that are named count by what they hold."""
-        return [
-            {"config_file": _plain(step.config_file)}
-            | {name: _plain(value) for name, value in step.overrides.items() if name not in OF_THE_MACHINE}
-            for step in self.steps
-        ]
+    def settings(self, bundle_root: str | os.PathLike[str]) -> list[dict[str, Any]]:
+        """What decides the results, of each step, for the record.
+
+        The content of the config files, what is laid over them, and the settings at their head as they come out: those
+        that a preset or another setting gives count by their values. JSON files that are named count by what they hold.
+
+        Raises:
+            UserError: no such config.
+        """
+        return [_settings(step, Path(bundle_root).resolve()) for step in self.steps]
+
+
+def _settings(step: Step, root: Path) -> dict[str, Any]:
+    from monai.bundle import ConfigParser
+
+    files = _config_files(step.config_file, root)
+    parser = ConfigParser(ConfigParser.load_config_files(files))
+    parser.update(pairs={"bundle_root": str(root), **step.overrides})
+    record = {"config_file": [f"{Path(file).name} {file_sha256(file)[:16]}" for file in files]}
+    record |= {name: _plain(value) for name, value in step.overrides.items() if name not in OF_THE_MACHINE}
+    plain: dict[str, bool] = {}
+    for name in parser.get():
+        if _is_plain(parser, name, plain):
+            try:
+                value = parser.get_parsed_content(name)
+            except Exception:  # a setting that cannot be: its run tells, and the others go on
+                continue
+            if _holds(value):
+                record[name] = _plain(value)
+    return record
+
+
+def _is_plain(parser: ConfigParser, name: str, known: dict[str, bool]) -> bool:
+    """Whether a setting is a plain value, or computed of nothing but such ones: to find out, no code is run.
+
+    Args:
+        known: earlier answers, which this one joins.
+    """
+    from monai.bundle import ConfigExpression, ReferenceResolver
+
+    if name not in known:
+        raw = parser.get(name)
+        known[name] = name not in OF_THE_MACHINE and _holds(raw)
+        if isinstance(raw, list):
+            known[name] &= not any(isinstance(entry, str) and entry.startswith(("$", "@")) for entry in raw)
+        elif isinstance(raw, str) and known[name]:
+            used = ReferenceResolver.match_refs_pattern(raw)
+            # code that takes no setting stands in the file, or is about the machine, or a name by the clock
+            known[name] = bool(used) or not ConfigExpression.is_expression(raw)
+            known[name] &= all(_is_plain(parser, other, known) for other in used)
+    return known[name]
+
+
+def _holds(value: Any) -> bool:
+    """Whether a value is a number, text, a switch, nothing, or a list of these."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return all(entry is None or isinstance(entry, bool | int | float | str) for entry in entries)
 
 
 def _plain(value: Any) -> Any:
@@ -81,6 +135,34 @@ def _plain(value: Any) -> Any:
         is_file = str(value).endswith(".json") and Path(value).is_file()
         return f"sha256 {file_sha256(value)}" if is_file else str(value)
     return plain_json(value)
+
+
+def _config_files(config_file: str | Sequence[str], root: Path) -> list[str]:
+    """Paths of a config and its overlays, each below the bundle's ``configs`` or else by itself."""
+    names = [config_file] if isinstance(config_file, str) else list(config_file)
+    own = [root / "configs" / name for name in names]
+    files = [str(path if path.is_file() else Path(name).resolve()) for path, name in zip(own, names, strict=True)]
+    for path in files:
+        if not Path(path).is_file():
+            raise UserError(f"no config {Path(path).name} in {root / 'configs'}, nor a file {path}; name one")
+    return files
+
+
+def check_steps(steps: Iterable[Step], bundle_root: str | os.PathLike[str]) -> None:
+    """See that configs are there and have the settings that are laid over them.
+
+    Args:
+        steps: of a study.
+        bundle_root: folder of the bundle.
+
+    Raises:
+        UserError: no such config, or a setting that it does not have.
+    """
+    from medgen.settings import check_names
+
+    for step in steps:
+        files = _config_files(step.config_file, Path(bundle_root).resolve())
+        check_names(["--config_file", json.dumps(files), *(f"--{name}=" for name in step.overrides)])
 
 
 def run_config(config_file: str | Sequence[str], bundle_root: str | os.PathLike[str], **overrides: Any) -> None:
@@ -97,20 +179,12 @@ def run_config(config_file: str | Sequence[str], bundle_root: str | os.PathLike[
     """
     from monai.bundle import ConfigWorkflow
 
-    from medgen.settings import check_names
-
     root = Path(bundle_root).resolve()
-    names = [config_file] if isinstance(config_file, str) else list(config_file)
-    own = [root / "configs" / name for name in names]
-    files = [str(path if path.is_file() else Path(name).resolve()) for path, name in zip(own, names, strict=True)]
-    for path in files:
-        if not Path(path).is_file():
-            raise UserError(f"no config {Path(path).name} in {root / 'configs'}, nor a file {path}; name one")
-    check_names(["--config_file", json.dumps(files), *(f"--{name}=" for name in overrides)])
+    check_steps([Step(config_file, overrides)], root)
     # both are changed by every run, and for good
     excepthook, path = sys.excepthook, list(sys.path)
     try:
-        workflow = ConfigWorkflow(files, bundle_root=str(root), **overrides)
+        workflow = ConfigWorkflow(_config_files(config_file, root), bundle_root=str(root), **overrides)
         workflow.initialize()
         workflow.run()
         workflow.finalize()
@@ -135,11 +209,14 @@ def run_all(runs: Sequence[Run], bundle_root: str | os.PathLike[str], shard: str
         name -> why it failed, of this share's runs.
 
     Raises:
-        UserError: no such shard, or results are there that were made with other settings.
+        UserError: no such shard, a setting that a config does not have, or results are there that were made with
+            other settings.
     """
     part = shard_of(runs, shard)
-    for run in part:
-        _check_same(run)
+    check_steps((step for run in part for step in run.steps), bundle_root)
+    settings = [run.settings(bundle_root) for run in part]
+    for run, now in zip(part, settings, strict=True):
+        _check_same(run, now)
     missing = [run for run in part if not run.done.is_file()]
     warn_of_missing(len(missing), len(part), shard)
     failed: dict[str, str] = {}
@@ -147,12 +224,12 @@ def run_all(runs: Sequence[Run], bundle_root: str | os.PathLike[str], shard: str
 
     gc.freeze()  # a million objects of the libraries, which the collections between runs need not go through
     try:
-        for number, run in enumerate(part, 1):
+        for number, (run, now) in enumerate(zip(part, settings, strict=True), 1):
             head = f"[{number}/{len(part)}] {run.name}"
             if run not in missing:
                 logger.info(f"{head}: done before")
                 continue
-            atomic_write_text(run.record, json.dumps(run.settings(), indent=4) + "\n")
+            atomic_write_text(run.record, json.dumps(now, indent=4) + "\n")
             begin = time.perf_counter()
             reason = _run(run, bundle_root, head)
             if reason is None:
@@ -170,7 +247,7 @@ def run_all(runs: Sequence[Run], bundle_root: str | os.PathLike[str], shard: str
     return failed
 
 
-def _check_same(run: Run) -> None:
+def _check_same(run: Run, settings: Sequence[Mapping[str, Any]]) -> None:
     if not run.record.is_file():
         if run.done.is_file():
             raise UserError(
@@ -185,7 +262,7 @@ def _check_same(run: Run) -> None:
         raise UserError(
             f"{run.record} cannot be read ({error}); delete {run.record.parent} and run it again"
         ) from error
-    for step, now in zip(earlier, run.settings(), strict=False):
+    for step, now in zip(earlier, settings, strict=False):
         for name in sorted({*step, *now}):
             if step.get(name) != now.get(name):
                 raise UserError(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
+RECORDS = ("trained_as.json", "trained_on.json")  # beside weights: what they were trained with, and on whose images
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -225,6 +227,7 @@ def mlflow(
             f"{options[0]} belongs to an AutoencoderKL or a DiffusionModelUNet, got it with {source}, which is "
             "neither; leave it out"
         )
+    _forget_training(output)
     _save_weights(state, output)
     typer.echo(f"{len(state)} tensors of {source} -> {output}, under their own names")
     typer.echo(origin)
@@ -367,6 +370,7 @@ def pggan(
         for network, path in ((weights.generator, output), (weights.discriminator, discriminator))
         if network is not None
     ]
+    _forget_training(output)
     for network, path in written:
         _save_weights(network.state, path)
     _write_json(weights.overlay, config, "--config")
@@ -625,6 +629,7 @@ def _write(converted: ConvertedStyleGAN2, source: str, output: Path, config: Pat
 
 
 def _write_files(state: Mapping[str, Any], overlay: Mapping[str, Any], output: Path, config: Path) -> None:
+    _forget_training(output)
     _save_weights(state, output)
     _write_json(overlay, config, "--config")
 
@@ -636,6 +641,13 @@ def _write_json(content: Mapping[str, Any], path: Path, option: str) -> None:
         atomic_write_text(path, json.dumps(content, indent=4) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another {option}") from error
+
+
+def _forget_training(output: Path) -> None:
+    """Take away what is recorded of weights that are about to be replaced: it would be taken for the new ones'."""
+    if output.exists():
+        for record in RECORDS:
+            output.with_name(record).unlink(missing_ok=True)
 
 
 def _save_weights(state: Mapping[str, Any], output: Path) -> None:

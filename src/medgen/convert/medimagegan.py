@@ -22,6 +22,9 @@ __all__ = ["ControlOverlay", "convert_control_file"]
 PRESETS = {"DCGAN": "batch_16", "SNGAN": "spectral_norm"}  # of the trainings' settings; a file's own go before
 GENERATOR = "Generator"
 LEARNING_RATE = 2e-4  # both networks' where learning_rate is a factor
+MOST_IMAGES = 1_000_000  # of one call of the inference, as its seeds are read
+LARGEST = 65_536  # bytes of a control file; the source's have less than a thousand
+LONGEST = 1_000  # characters of a value: Python takes the square of the time to write out a number
 
 
 class ControlOverlay(NamedTuple):
@@ -39,10 +42,24 @@ class ControlOverlay(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's loader of plain values, which also refuses a key that stands twice."""
+    """PyYAML's loader of one mapping of plain values, each key once."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """A node; repetitions by name, which may grow without limit, are none of a control file's."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"a value must be written out, got *{self.peek_event().anchor:.60}")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping of plain values."""
+        for key, value in node.value:
+            for part in (key, value):
+                if not isinstance(part, yaml.ScalarNode) or len(part.value) > LONGEST:
+                    name = f"{key.value:.60}" if isinstance(key, yaml.ScalarNode) else "a key"
+                    raise yaml.YAMLError(
+                        f"each key has a number or a short text, got something else in line {part.start_mark.line + 1} "
+                        f"({name})"
+                    )
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -50,26 +67,36 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _whole(minimum: int) -> Callable[[Any], int]:
+def _whole(minimum: int, maximum: int | None = None) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"a whole number of at least {minimum}")
+        if maximum is not None and value > maximum:
+            raise ValueError(f"a whole number of at most {maximum:,}")
         return value
 
     return read
 
 
-def _real(low: float, high: float) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        try:
-            number = float(value)  # YAML 1.1 takes 2e-4, without a point, for text
-        except (TypeError, ValueError):
-            number = math.nan
-        if isinstance(value, bool) or not low < number < high:
-            raise ValueError(f"a number above {low:g}" + (f" and below {high:g}" if math.isfinite(high) else ""))
-        return number
+def _number(value: Any) -> float:
+    try:
+        return math.nan if isinstance(value, bool) else float(value)  # YAML 1.1 takes 2e-4, without a point, for text
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
-    return read
+
+def _above_zero(value: Any) -> float:
+    number = _number(value)
+    if not 0 < number < math.inf:
+        raise ValueError("a number above 0")
+    return number
+
+
+def _share(value: Any) -> float:
+    number = _number(value)
+    if not 0 <= number < 1:
+        raise ValueError("a number from 0 to below 1")
+    return number
 
 
 def _one_of(*choices: Any) -> Callable[[Any], Any]:
@@ -100,8 +127,8 @@ _OF_BOTH: dict[str, Callable[[Any], Any]] = {
 _OF_TRAINING = _OF_BOTH | {
     "seed": _whole(0),
     "num_epochs": _whole(1),
-    "learning_rate": _real(0, math.inf),
-    "beta_adam": _real(-1e-12, 1),  # 0 is a value of its own
+    "learning_rate": _above_zero,
+    "beta_adam": _share,
     "batch_size": _whole(1),
     "latent_vector": _whole(1),
     "loader_workers": _whole(0),
@@ -109,7 +136,7 @@ _OF_TRAINING = _OF_BOTH | {
     "gen_feature_maps": _whole(1),
     "dis_feature_maps": _whole(1),
 }
-_OF_SAMPLING = _OF_BOTH | {"quantity": _whole(1)}
+_OF_SAMPLING = _OF_BOTH | {"quantity": _whole(1, MOST_IMAGES)}
 # theirs -> the bundle's id, where the value is the same
 _TRAINING_IDS = {
     "seed": "seed",
@@ -157,11 +184,16 @@ def convert_control_file(path: str | os.PathLike, overlay: str | os.PathLike) ->
 
 def _read(path: str | os.PathLike) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, _Loader)
+        with open(path, "rb") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError(f"{path} must be a control file, got one of more than {LARGEST:,} bytes; name another")
+        content = yaml.load(text, _Loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a control file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a day that is none
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} must be a control file in YAML, got one that cannot be read ({reason})") from error
     if not isinstance(content, dict):
@@ -194,13 +226,15 @@ def _training(values: Mapping[str, Any], overlay: str | os.PathLike) -> ControlO
     elif "n_gpu" in values:
         settings["device"] = _device(gpus)
     settings |= _output_dir(values)
-    images, side = values.get("path", "IMAGES"), settings.get("image_size", "SIZE")
+    images, side = _absolute(values.get("path", "IMAGES")), settings.get("image_size", "SIZE")
+    data = f"{Path(overlay).resolve().with_suffix('')}_data"  # a folder of its own, the same from wherever it is named
     notes.append(
         "a training reads a datalist instead of a folder: python -m preprocessing.images --source "
-        f"{shlex.quote(images)} --target DATA --folder-labels --size {side}"
+        f"{shlex.quote(images)} --target {shlex.quote(data)} --folder-labels --size {side}"
     )
     notes.append(
-        f"then, in the bundle's folder: {command} --config_file {_listed(files)} --datalist DATA/datalist.json"
+        f"then, in the bundle's folder: {command} --config_file {_listed(files)} --datalist "
+        f"{shlex.quote(data)}/datalist.json"
     )
     return ControlOverlay("train.json", settings, tuple(notes))
 
@@ -212,11 +246,11 @@ def _sampling(values: Mapping[str, Any], overlay: str | os.PathLike) -> ControlO
     if "n_gpu" in values:
         settings["device"] = _device(min(values["n_gpu"], 1))  # several would take a share each, by --shard
     settings |= _output_dir(values)
-    weights = Path(settings.get("output_dir", "OUT")) / "model.pt"
+    weights = Path(settings.get("output_dir", Path(overlay).resolve().with_suffix(""))) / "model.pt"
     settings["model_path"] = str(weights)
     files = ["configs/inference.json", str(weights.with_suffix(".json")), str(Path(overlay).resolve())]
     notes = (
-        f"the weights: medgen convert dcgan {shlex.quote(values.get('path', 'WEIGHTS'))} --output "
+        f"the weights: medgen convert dcgan {shlex.quote(_absolute(values.get('path', 'WEIGHTS')))} --output "
         f"{shlex.quote(str(weights))}",
         f"in the bundle's folder: python -m monai.bundle run --config_file {_listed(files)}",
     )
@@ -229,8 +263,18 @@ def _device(gpus: int) -> str:
 
 def _output_dir(values: Mapping[str, Any]) -> dict[str, str]:
     """The source puts ``out`` and ``run`` before its files' names; here they are a folder and one within it."""
-    parts = [values[key] for key in ("out", "run") if key in values]
-    return {"output_dir": str(Path(*parts))} if parts else {}
+    if not values.keys() & {"out", "run"}:
+        return {}
+    out = _absolute(values.get("out", "."))
+    folder = _absolute(Path(out, values.get("run", ".")))
+    if not Path(folder).is_relative_to(out):
+        raise UserError(f"run must be a folder within out, {out}, got {values['run']!r:.60}; name one without ..")
+    return {"output_dir": folder}
+
+
+def _absolute(path: str | os.PathLike) -> str:
+    """A path that is the same in the bundle's folder."""
+    return os.path.abspath(path)
 
 
 def _listed(files: list[str]) -> str:

@@ -11,7 +11,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "augmentation": ["AUGMENTATION_ARMS", "augmentation_arm", "load_synthetic", "mix_synthetic"],
+        "augmentation": [
+            "AUGMENTATION_ARMS",
+            "augmentation_arm",
+            "load_synthetic",
+            "mix_synthetic",
+            "synthetic_mismatch",
+        ],
         "classes": ["check_each_class", "class_names"],
         "conditions": ["as_text", "check_captions", "check_prompts", "load_prompts", "prompts_line", "with_masks"],
         "datalist": [
@@ -34,7 +40,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "latents": ["estimate_scaling", "LatentScaling", "LatentStore", "load_latents"],
         "masked": ["binary_mask", "load_masked", "mask_level"],
         "pending": ["group_batches", "pending_groups"],
-        "provenance": ["check_synthetic", "read_trained_on", "trained_on"],
+        "provenance": ["check_synthetic", "check_unseen", "read_trained_on", "trained_on"],
         "pyramid": ["GrowingDataLoader", "ImagePyramid"],
         "reader": ["Frame", "read_frames", "UnreadableImageError"],
         "shard": ["parse_shard", "shard_line", "shard_of"],

@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from medgen.data.datalist import Item, load_datalist, validate_datalist
+from medgen.data.datalist import Item, evenly, load_datalist, validate_datalist
 from medgen.errors import UserError
 
-__all__ = ["AUGMENTATION_ARMS", "augmentation_arm", "load_synthetic", "mix_synthetic"]
+__all__ = ["AUGMENTATION_ARMS", "augmentation_arm", "load_synthetic", "mix_synthetic", "synthetic_mismatch"]
 
 logger = logging.getLogger(__name__)
 
+HEADERS = 100  # images whose form is looked at
 BALANCES = ("none", "synthetic", "oversample")
 
 # augment: of the images, as they are drawn; ratio: synthetic images to a real one, class by class; only: without the
@@ -71,7 +73,8 @@ def load_synthetic(
             None for none.
         num_classes: of the real images.
         label_names: names of their classes 0, 1, ...: where a synthetic datalist has names as well, classes of the same
-            name are the same, whatever their numbers; otherwise those of the same number.
+            name are the same, whatever their numbers; otherwise those of the same number. Where the real images' have
+            none, labels must be numbers.
 
     Returns:
         The items of ``training``, in which generators put all they make, ``label`` from 0 to ``num_classes - 1``.
@@ -84,9 +87,9 @@ def load_synthetic(
         return []
     if isinstance(datalists, str | os.PathLike):
         datalists = [datalists]
-    home: dict[str, str | os.PathLike[str]] = {}
+    home: dict[str, int] = {}
     found: list[Item] = []
-    for path in datalists:
+    for place, path in enumerate(datalists):
         content = validate_datalist(path)
         own = content.get("label_names") or []
         for item in load_datalist(path, "training"):
@@ -95,9 +98,11 @@ def load_synthetic(
                     f"datalist {path}: {item['image']} is not marked as synthetic; name the datalist.json beside "
                     "generated samples"
                 )
-            first = home.setdefault(posixpath.normpath(os.path.abspath(item["image"])), path)
-            if first is not path:
-                raise UserError(f"{item['image']} stands in two synthetic datalists, {first} and {path}; name it once")
+            first = home.setdefault(posixpath.normpath(os.path.abspath(item["image"])), place)
+            if first != place:
+                raise UserError(
+                    f"{item['image']} stands in two synthetic datalists, {datalists[first]} and {path}; name it once"
+                )
             found.append({**item, "label": _class_of(item, own, label_names, num_classes, path)})
     return found
 
@@ -115,9 +120,13 @@ def _class_of(
     is_number = isinstance(label, int) and not isinstance(label, bool)
     if is_number and names and 0 <= label < len(own):
         label = own[label]
+    if isinstance(label, str) and not names:
+        raise UserError(
+            f"datalist {path}: {item['image']} is of class {label!r:.80}, and the classes of the real images have no "
+            "names; write label_names into the real datalist"
+        )
     if isinstance(label, str):
-        among = list(names or own)
-        label = among.index(label) if label in among else label
+        label = names.index(label) if label in names else label
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
         known = f" ({', '.join(map(str, names))})" if names else ""
         raise UserError(
@@ -187,6 +196,46 @@ def mix_synthetic(
     return [{**item, "synthetic": bool(item.get("synthetic"))} for item in kept] + [
         {**item, "synthetic": True} for item in taken
     ]
+
+
+def synthetic_mismatch(real: Sequence[Item], synthetic: Sequence[Item]) -> str | None:
+    """Whether synthetic images are stored otherwise than the real ones, by which a classifier could tell them.
+
+    A class that was filled up with images of fewer pixels is told by their blur. Of each kind 100 headers are read;
+    files that Pillow does not know are left out.
+
+    Args:
+        real: items, their images' paths as :func:`load_classes` gives them.
+        synthetic: items.
+
+    Returns:
+        A sentence, which is logged as a warning as well; None where size (width and height) and mode of the synthetic
+        images are found among the real ones.
+    """
+    found = {"real": _stored(real), "synthetic": _stored(synthetic)}
+    if not all(found.values()) or found["synthetic"] <= found["real"]:
+        return None
+    shown = {
+        name: ", ".join(sorted(forms)[:2]) + (f" and {len(forms) - 2} more forms" if len(forms) > 2 else "")
+        for name, forms in found.items()
+    }
+    sentence = (
+        f"synthetic images are stored as {shown['synthetic']}, real ones as {shown['real']}: a class with more "
+        "of them is told by sharpness or colour, not by what is in its images"
+    )
+    logger.warning(f"{sentence}; bring the real ones to the same form before the training")
+    return sentence
+
+
+def _stored(items: Sequence[Item]) -> set[str]:
+    forms = set()
+    for item in evenly(items, HEADERS):
+        try:
+            with Image.open(item["image"]) as image:
+                forms.add(f"{image.width}×{image.height} {image.mode}")
+        except OSError:  # of another format; a broken file is told by the training
+            continue
+    return forms
 
 
 def _check_mix(ratio: float, only: bool, balance: str) -> None:

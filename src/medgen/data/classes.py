@@ -52,7 +52,7 @@ def check_each_class(names: Sequence[str], **splits: Sequence[Mapping[str, Any]]
         UserError: names the first class without images.
     """
     for split, items in splits.items():
-        counts = Counter(item["label"] for item in items)
+        counts = Counter(item.get("label") for item in items)
         for number, name in enumerate(names):
             if not counts[number]:
                 there = ", ".join(f"{names[label]} ({count})" for label, count in sorted(counts.items()))

@@ -11,14 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medgen import lineage
 from medgen.data.datalist import Item, datalist_hash, validate_datalist
 from medgen.errors import UserError
 
-__all__ = ["TRAINED_ON", "check_synthetic", "patient_digest", "read_trained_on", "trained_on"]
+__all__ = ["TRAINED_ON", "check_synthetic", "check_unseen", "patient_digest", "read_trained_on", "trained_on"]
 
 logger = logging.getLogger(__name__)
 
 TRAINED_ON = "trained_on.json"  # beside the weights
+PARTS = ("training", "validation")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
@@ -36,41 +38,54 @@ def trained_on(
     training: Iterable[Item],
     validation: Iterable[Item],
     began_with: Sequence[str | os.PathLike[str] | None] = (),
+    generated: Sequence[str | os.PathLike[str]] = (),
 ) -> dict[str, Any]:
-    """What a training leaves beside its weights, so that what they generate is not tested on the patients they saw.
+    """What a training leaves beside its weights, so that no test is on patients whom they saw.
 
     Args:
         datalist: JSON file of the items.
-        training: the items that the training shows the model.
+        training: the items that the training shows the model, real ones.
         validation: the items that choose the model: it has seen those as well.
         began_with: other weights that the model is made of or begins with, such as an autoencoder; None is none. Their
             patients are added.
+        generated: datalists of synthetic images that it is trained on, too; their generators' patients are added.
 
     Returns:
         ``datalist_sha256``, ``dataset`` (the name in the datalist), ``images`` (numbers of this training) and
-        ``patients``, sorted digests (:func:`patient_digest`). ``unknown`` are the files of ``began_with`` of which
-        nothing is recorded; it is missing where there are none.
+        ``patients``: sorted digests (:func:`patient_digest`) of those of ``training`` and, apart from them, those of
+        ``validation`` alone. ``unknown`` are the files of ``began_with`` and ``generated`` of which nothing is
+        recorded; it is missing where there are none.
 
     Raises:
-        UserError: the datalist, or what is recorded of ``began_with``, is missing or no JSON.
+        UserError: a datalist, or what is recorded of ``began_with``, is missing or broken.
     """
-    parts = {"training": list(training), "validation": list(validation)}
-    patients = {patient_digest(item["patient"]) for items in parts.values() for item in items}
+    items = {"training": list(training), "validation": list(validation)}
+    patients = {name: {patient_digest(item["patient"]) for item in items[name]} for name in PARTS}
     unknown: set[str] = set()
+
+    def add(before: Mapping[str, Any] | None, name: str) -> None:
+        for part in PARTS:
+            patients[part].update(before["patients"][part] if before else ())
+        unknown.update(before.get("unknown", ()) if before else [name])
+
     for path in began_with:
         if path is None:
             continue
         before = read_trained_on(path)
         if before is None:
-            logger.warning(f"no {TRAINED_ON} beside {path}: whose images those weights were trained on is not known")
-        patients.update(before["patients"] if before else ())
-        unknown.update(before.get("unknown", ()) if before else [Path(path).name])
+            logger.warning(f"no {TRAINED_ON} of {path}: whose images those weights were trained on is not known")
+        add(before, Path(path).name)
+    for path in generated:
+        add(_record_in(path), "/".join(Path(path).parts[-2:]))
     return {
         "datalist_sha256": datalist_hash(datalist),
         "dataset": str(validate_datalist(datalist).get("name", "")),
-        "images": {name: len(items) for name, items in parts.items()},
+        "images": {name: len(items[name]) for name in PARTS},
         **({"unknown": sorted(unknown)} if unknown else {}),
-        "patients": sorted(patients),
+        "patients": {
+            "training": sorted(patients["training"]),
+            "validation": sorted(patients["validation"] - patients["training"]),
+        },
     }
 
 
@@ -78,10 +93,10 @@ def read_trained_on(weights: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What the training of weights recorded.
 
     Args:
-        weights: file of the weights; the record lies beside it.
+        weights: file of the weights; the record lies beside it, and says by ``weights_sha256``, a list, whose it is.
 
     Returns:
-        As :func:`trained_on`; None where there is no record, or that of another file in the same folder.
+        As :func:`trained_on`; None where there is no record, or that of other weights, whatever their name.
 
     Raises:
         UserError: it is no such record.
@@ -97,10 +112,42 @@ def read_trained_on(weights: str | os.PathLike[str]) -> dict[str, Any] | None:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} must be the JSON of a training, got a broken file ({reason}); restore it") from error
     _check(record, str(path))
-    model = record.pop("weights", None)
-    if isinstance(model, str) and model != Path(weights).name and path.with_name(Path(model).name).is_file():
+    vouched = record.pop("weights_sha256", None)
+    if not isinstance(vouched, list) or not Path(weights).is_file() or lineage.weights_digest(weights) not in vouched:
+        logger.warning(f"{path} is the record of other weights than {weights}, and says nothing of these")
         return None
     return record
+
+
+def check_unseen(
+    weights: str | os.PathLike[str],
+    datalist: str | os.PathLike[str],
+    splits: Sequence[str] = ("test",),
+    allow_unknown: bool = False,
+) -> None:
+    """See that a model saw no patient on whom it, or one that begins with its weights, is tested.
+
+    Of the split validation only those are refused that the model was trained on: that it was chosen by the others does
+    no harm to another choice.
+
+    Args:
+        weights: of the model.
+        datalist: of the images that it is tested on.
+        splits: of these images.
+        allow_unknown: go on, with a warning, where nothing or not all is known of whom it saw.
+
+    Raises:
+        UserError: it saw a patient of those splits, or was trained on one of the validation, or it is not known whom it
+            saw, or there are no such weights, or the datalist is broken.
+    """
+    if not Path(weights).is_file():
+        raise UserError(f"no weights at {weights}; name a file that is there")
+    content = validate_datalist(datalist)
+    record = read_trained_on(weights)
+    missing = f"whose images {weights} was trained on is not known"
+    _check_known(record, missing, "train it with this collection", allow_unknown)
+    if record is not None:
+        _check_apart(record, str(weights), "use weights that were trained without them", content, datalist, splits)
 
 
 def check_synthetic(
@@ -111,11 +158,12 @@ def check_synthetic(
 ) -> int:
     """See that no generator of synthetic images saw a patient on whom a model that learns from them is tested.
 
-    Patients are compared by their ids, whatever data set these are of: ids of two data sets that are the same by chance
-    are refused too.
+    Nor may it have been trained on patients of the validation, who choose the model. Patients are compared by their
+    ids, whatever data set these are of: ids of two data sets that are the same by chance are refused too.
 
     Args:
-        synthetic_datalists: of the synthetic images; of which ``trained_on`` says whom the generator saw.
+        synthetic_datalists: of the synthetic images; of which ``trained_on`` says whom the generator saw. None of them
+            leaves the check that the real images are real.
         real_datalist: of the real images.
         splits: of the real images, those that the model is tested on.
         allow_unknown: go on, with a warning, where nothing or not all is known of whom a generator saw.
@@ -125,24 +173,24 @@ def check_synthetic(
         comparison with real images alone is then one with fewer patients.
 
     Raises:
-        UserError: a generator saw a patient of those splits, or it is not known whom it saw, or a datalist is broken,
-            or a synthetic image stands in a split of the real images other than training.
+        UserError: a generator saw a patient of those splits, or was trained on one of the validation, or it is not
+            known whom it saw, or a datalist is broken, or a synthetic image stands in a split of the real images.
     """
-    real = validate_datalist(real_datalist)
-    _check_real(real, real_datalist, splits)
-    tested = {patient_digest(item["patient"]): item["patient"] for split in splits for item in real[split]}
-    learned = {patient_digest(item["patient"]) for split in ("training", "validation") for item in real.get(split, ())}
     if isinstance(synthetic_datalists, str | os.PathLike):
         synthetic_datalists = [synthetic_datalists]
+    real = validate_datalist(real_datalist)
+    _check_real(real, real_datalist, splits if synthetic_datalists else ())
+    learned = {patient_digest(item["patient"]) for split in PARTS for item in real.get(split, ())}
     others: set[str] = set()
     for path in synthetic_datalists:
-        seen = _patients_of(path, allow_unknown)
-        if shared := [tested[digest] for digest in sorted(seen & tested.keys())]:
-            raise UserError(
-                f"the generator of {path} was trained on {len(shared)} of the {len(tested)} patients of split "
-                f"{', '.join(splits)} of {real_datalist}, such as {shared[0]}; train a generator without them (ids "
-                "that are the same in two data sets by chance need a prefix in one of them)"
-            )
+        record = _record_in(path)
+        missing = f"{path} does not say whose images its generator saw"
+        _check_known(record, missing, "train it with this collection and generate anew", allow_unknown)
+        if record is None:
+            continue
+        remedy = "train a generator without them"
+        _check_apart(record, f"the generator of {path}", remedy, real, real_datalist, splits)
+        seen = {digest for part in PARTS for digest in record["patients"][part]}
         if new := seen - learned:
             logger.warning(
                 f"the generator of {path} saw {len(new)} patients, of {len(seen)}, that are in no training or "
@@ -156,38 +204,71 @@ def _check_real(real: Mapping[str, Any], path: str | os.PathLike[str], splits: S
     for split in splits:
         if not isinstance(real.get(split), list) or not real[split]:
             raise UserError(f"datalist {path}: split {split} must hold items to test on, got none; split it anew")
-    for split in dict.fromkeys(("validation", "test", *splits)):
-        if synthetic := [item["image"] for item in real.get(split, ()) if item.get("synthetic")]:
+    for split, items in real.items():
+        if not isinstance(items, list):
+            continue
+        made = [item["image"] for item in items if isinstance(item, Mapping) and item.get("synthetic")]
+        if made:
             raise UserError(
-                f"datalist {path}: {len(synthetic)} items of split {split} are synthetic, such as {synthetic[0]}; a "
-                "model is chosen and tested on real images: take them out"
+                f"datalist {path}: {len(made)} items of split {split} are synthetic, such as {made[0]}; take them out: "
+                "those to train on have a datalist of their own, named by --synthetic, and validation and test are real"
             )
 
 
-def _patients_of(path: str | os.PathLike[str], allow_unknown: bool) -> set[str]:
-    """Digests of the patients that the generator of a synthetic datalist saw."""
+def _check_apart(
+    record: Mapping[str, Any],
+    who: str,
+    remedy: str,
+    real: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    splits: Sequence[str],
+) -> None:
+    """See that a model saw nobody of the splits, and was trained on nobody of the validation."""
+    trained = set(record["patients"]["training"])
+    for split in dict.fromkeys((*splits, "validation")):
+        there = {patient_digest(item["patient"]): item["patient"] for item in real.get(split, ())}
+        seen = trained if split == "validation" else trained.union(record["patients"]["validation"])
+        if shared := [there[digest] for digest in sorted(seen & there.keys())]:
+            saw = "was trained on" if trained >= seen & there.keys() else "was trained on, or chosen by,"
+            raise UserError(
+                f"{who} {saw} {len(shared)} of the {len(there)} patients of split {split} of {path}, such as "
+                f"{shared[0]}; {remedy} (ids that are the same in two data sets by chance need a prefix in one of them)"
+            )
+
+
+def _record_in(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Whom the generator of a synthetic datalist saw; None where it does not say."""
     record = validate_datalist(path).get("trained_on")
     if record is not None:
         _check(record, f"trained_on in {path}")
+    return record
+
+
+def _check_known(record: Mapping[str, Any] | None, missing: str, remedy: str, allow_unknown: bool) -> None:
+    """See that a record is there and leaves nobody out."""
     unknown = [] if record is None else record.get("unknown", [])
-    if record is None or unknown:
-        what = f"weights that it began with ({', '.join(unknown)}) have" if unknown else "it has"
-        missing = f"{path} does not say whose images its generator saw: {what} no {TRAINED_ON}"
-        if not allow_unknown:
-            raise UserError(
-                f"{missing}; train it with this collection and generate anew, or set --allow_unknown true if it saw no "
-                "patient of the test"
-            )
-        logger.warning(f"{missing}; that it saw no patient of the test is taken for granted")
-    return set() if record is None else set(record["patients"])
+    if record is not None and not unknown:
+        return
+    why = f"{', '.join(unknown)}, which it began with or learnt from, has" if unknown else "it has"
+    missing = f"{missing}: {why} no {TRAINED_ON}"
+    if not allow_unknown:
+        raise UserError(f"{missing}; {remedy}, or set --allow_unknown true if it saw no patient of the test")
+    logger.warning(f"{missing}; that it saw no patient of the test is taken for granted")
 
 
 def _check(record: Any, where: str) -> None:
     """See that a record is one of :func:`trained_on`, as far as anything relies on it."""
     patients = record.get("patients") if isinstance(record, Mapping) else None
-    if not isinstance(patients, list) or not all(isinstance(p, str) and _DIGEST.fullmatch(p) for p in patients):
+    if isinstance(patients, list):
         raise UserError(
-            f"{where} must hold a list of patients, each of 16 hexadecimal digits, got {str(record)!r:.80}; restore it"
+            f"{where} must tell the patients of training from those of validation, got one list of all, as an earlier "
+            "version wrote it; train, or generate, anew"
+        )
+    lists = [patients.get(name) for name in PARTS] if isinstance(patients, Mapping) else [None]
+    if not all(isinstance(of, list) and all(isinstance(p, str) and _DIGEST.fullmatch(p) for p in of) for of in lists):
+        raise UserError(
+            f"{where} must hold lists of patients, training and validation, each of 16 hexadecimal digits, got "
+            f"{str(record)!r:.80}; restore it"
         )
     unknown = record.get("unknown", [])
     if not isinstance(unknown, list) or not all(isinstance(name, str) for name in unknown):

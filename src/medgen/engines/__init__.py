@@ -5,7 +5,7 @@ from __future__ import annotations
 from medgen.engines.adversarial import AdversarialTrainer, batch_per_process, exponential_moving_copy
 from medgen.engines.autoencoder import AutoencoderKLTrainer
 from medgen.engines.classification import ClassificationTrainer
-from medgen.engines.dcgan import DCGAN_TRAINING, DCGANTrainer, dcgan_setting
+from medgen.engines.dcgan import DCGAN_TRAINING, DCGANTrainer, dcgan_setting, standing_statistics
 from medgen.engines.inversion import BootstrapTrainer, EncoderTrainer, InversionTrainer, StylePool
 from medgen.engines.latent_diffusion import LatentDiffusionTrainer, warmup
 from medgen.engines.pggan import PGGAN_TRAINING, PGGANTrainer, check_groups, growth_schedule, pggan_setting
@@ -36,6 +36,7 @@ __all__ = [
     "exponential_moving_copy",
     "growth_schedule",
     "pggan_setting",
+    "standing_statistics",
     "stylegan2_setting",
     "warmup",
 ]

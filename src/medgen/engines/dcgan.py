@@ -16,9 +16,9 @@ from medgen.errors import UserError
 from medgen.losses import AdversarialLoss
 from medgen.networks import DCGANDiscriminator, DCGANGenerator
 
-__all__ = ["DCGAN_TRAINING", "DCGANTrainer", "dcgan_setting"]
+__all__ = ["DCGAN_TRAINING", "DCGANTrainer", "dcgan_setting", "standing_statistics"]
 
-STANDING_BATCHES, STANDING_BATCH = 16, 16  # by which the moving average's statistics are measured
+STANDING_BATCHES, STANDING_BATCH = 16, 16  # by which statistics are measured
 STANDING_STREAM = 3  # of random numbers, beside those of loader and steps
 
 # One row a preset: side, images in a step (all processes), widths, Adam's learning rates, what D is to say of real and
@@ -91,6 +91,7 @@ class DCGANTrainer(AdversarialTrainer):
             at the n-th; 0 for the generator itself.
         diff_augment: what the discriminator sees goes through it, such as :class:`medgen.transforms.DiffAugment`; None
             for no augmentation.
+        labels: of all training images, for networks with classes: see :func:`standing_statistics`.
         seed: seed of all random numbers.
         amp: bfloat16 autocast of the networks where the device has it; losses and singular vectors stay in float32.
         prepare_batch: as in :class:`monai.engines.Trainer`.
@@ -115,6 +116,7 @@ class DCGANTrainer(AdversarialTrainer):
         d_steps: int = 1,
         ema_decay: float = 0.999,
         diff_augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        labels: Sequence[int] | None = None,
         seed: int = 0,
         amp: bool = False,
         prepare_batch: Callable = default_prepare_batch,
@@ -131,6 +133,7 @@ class DCGANTrainer(AdversarialTrainer):
                 f"{discriminator.in_channels}; set network_def and discriminator_def to one"
             )
         self.loss, self.d_steps, self.ema_decay, self.diff_augment = loss, d_steps, ema_decay, diff_augment
+        self.labels = labels
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -177,7 +180,9 @@ class DCGANTrainer(AdversarialTrainer):
         if trains_generator:
             self._average()
         if self.at_epoch_end:  # before anything looks at the average
-            self._measure_average(label)
+            with self.autocast():
+                standing_statistics(self.ema, self.seed, self.labels)
+            self._share_statistics(self.ema)
 
         scalars = {
             "discriminator": d_loss.detach(),
@@ -206,25 +211,37 @@ class DCGANTrainer(AdversarialTrainer):
         decay = min(self.ema_decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
 
-    @torch.no_grad()
-    def _measure_average(self, label: torch.Tensor | None) -> None:
-        """Standing statistics of the moving average (Brock et al. 2019, arXiv 1809.11096).
 
-        Averaged weights make activations of smaller variance than the generator's: normalised by the generator's
-        running statistics, copied or averaged, images come out grey. By latents of the seed alone, and the batch's
-        classes.
-        """
-        draws = torch.Generator().manual_seed(derive_seed(self.seed, STANDING_STREAM))
-        z = torch.randn(STANDING_BATCHES * STANDING_BATCH, self.ema.latent_dim, generator=draws).to(self.state.device)
-        labels = [None] * STANDING_BATCHES
-        if label is not None:
-            labels = label[torch.arange(len(z), device=label.device) % len(label)].split(STANDING_BATCH)
-        for norm in self.ema.norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches
-        self.ema.train()
-        for z_of_batch, labels_of_batch in zip(z.split(STANDING_BATCH), labels, strict=True):
-            with self.autocast():
-                self.ema(z_of_batch, labels_of_batch)
-        self.ema.eval()
-        self._share_statistics(self.ema)
+@torch.no_grad()
+def standing_statistics(generator: DCGANGenerator, seed: int = 0, labels: Sequence[int] | None = None) -> None:
+    """Measure what a generator normalises by in evaluation (Brock et al. 2019, arXiv 1809.11096).
+
+    Averaged weights make activations of smaller variance than the generator's: normalised by the generator's running
+    statistics, copied or averaged, images come out grey. The statistics follow from weights, seed and the labels'
+    frequencies alone: means over 16 batches of 16 latents.
+
+    Args:
+        generator: left in evaluation mode.
+        seed: of latents and classes.
+        labels: for a network with classes, those of the training images, in any order: the latents get classes as
+            frequent as theirs; None for as many of each class.
+    """
+    n, device = STANDING_BATCHES * STANDING_BATCH, next(generator.parameters()).device
+    draws = torch.Generator().manual_seed(derive_seed(seed, STANDING_STREAM))
+    z = torch.randn(n, generator.latent_dim, generator=draws).to(device)
+    classes = [None] * STANDING_BATCHES
+    if generator.num_classes:
+        found = torch.arange(generator.num_classes) if labels is None else torch.as_tensor(labels).sort().values
+        # at even distances rather than by chance, which could forget a rare class
+        found = found[(2 * torch.arange(n) + 1) * len(found) // (2 * n)][torch.randperm(n, generator=draws)]
+        classes = found.to(device).split(STANDING_BATCH)
+    momenta = [norm.momentum for norm in generator.norms]
+    for norm in generator.norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    generator.train()
+    for z_of_batch, classes_of_batch in zip(z.split(STANDING_BATCH), classes, strict=True):
+        generator(z_of_batch, classes_of_batch)
+    generator.eval()
+    for norm, momentum in zip(generator.norms, momenta, strict=True):
+        norm.momentum = momentum

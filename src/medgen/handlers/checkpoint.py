@@ -343,8 +343,8 @@ class BestModelSaver:
         is_better: (new, best so far) -> whether to save.
         record: JSON file that says which weights ``path`` holds: metric, value, epoch, ``position`` and checksum.
         position: more entries of that file, asked for when it is written, such as the images seen.
-        companions: what belongs beside the weights; written with the first of them. The file of another training is
-            then kept with its own companions, in the folder ``previous``.
+        companions: what belongs beside the weights; written with the first of them, and what vouches for them with
+            all. The file of another training is then kept with its own companions, in the folder ``previous``.
         stage: how far a growing network has grown, such as its resolution: a best value counts within one stage alone,
             and the first model of a later stage replaces that of an earlier one, whatever its value.
     """
@@ -400,12 +400,15 @@ class BestModelSaver:
         if not self._accompanied:
             self.companions.place()
         atomic_save({k: v.cpu() for k, v in unwrap(self.network).state_dict().items()}, self.path)
+        sha256 = file_sha256(self.path)
+        if self.companions is not None:
+            self.companions.vouch(sha256)  # after the weights: a kill between leaves them without a word, not another's
         if not self._accompanied:
             self.companions.sign()
             self._accompanied = True
         if self.record is not None:
             about = {"metric": name, "value": value, "epoch": engine.state.epoch, **self.position()}
-            about |= {"model": str(self.path), "model_sha256": file_sha256(self.path)}
+            about |= {"model": str(self.path), "model_sha256": sha256}
             atomic_write_text(self.record, json.dumps(about, indent=4) + "\n")
         logger.info(f"epoch {engine.state.epoch}: {name} {value:.5f}, the best so far, saved to {self.path}")
 

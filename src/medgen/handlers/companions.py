@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class ModelCompanions:
 
     It comes with the first weights of a training, not before: until then those of an earlier training stand there, and
     their companions with them. Those weights are kept in the folder ``previous``, of use as they are. A kill at any
-    moment leaves weights with their own companions, or without ``trained_as.json``, or no weights.
+    moment leaves weights with their own companions, or without ``trained_as.json``, or with a ``trained_on.json`` that
+    does not name them and so says nothing of them, or no weights.
 
     Args:
         model_path: file of the weights.
@@ -37,7 +38,7 @@ class ModelCompanions:
             :func:`check_trained_as`. Registered models that the training read are written beside them, such as
             ``"autoencoder_model": "models:/NAME/VERSION"``. None writes no such file.
         trained_on: whose images the model sees, as :func:`medgen.data.trained_on` gives it, written to
-            ``trained_on.json`` with the name of the weights' file; None writes no such file.
+            ``trained_on.json`` with the SHA-256 of the weights; None writes no such file.
     """
 
     def __init__(
@@ -68,16 +69,17 @@ class ModelCompanions:
 
     def place(self) -> None:
         """Put beside the weights that are about to be written what they must never be without."""
-        self.path.with_name(RECORD).unlink(missing_ok=True)
-        if self.trained_on is None:
-            self.path.with_name(TRAINED_ON).unlink(missing_ok=True)
-        else:
-            content = json.dumps({"weights": self.path.name, **self.trained_on})
-            atomic_write_text(self.path.with_name(TRAINED_ON), content + "\n")
+        for name in (RECORD, TRAINED_ON):
+            self.path.with_name(name).unlink(missing_ok=True)
         for name, path in self.files.items():
             target = self.path.with_name(name)
             if not target.is_file() or file_sha256(target) != file_sha256(path):
                 _copy(path, target)
+
+    def vouch(self, sha256: str) -> None:
+        """Say of the weights that were just written, by their SHA-256, whose images they saw: of all, not the first."""
+        if self.trained_on is not None:
+            write_trained_on(self.path.parent, self.trained_on, [sha256])
 
     def sign(self) -> None:
         """Say of the weights that were written how they were trained."""
@@ -86,6 +88,11 @@ class ModelCompanions:
         models = {f"{source.kind}_model": source.uri for source in lineage.used() if source.uri}
         content = plain_json({**self.record, **models})
         atomic_write_text(self.path.with_name(RECORD), json.dumps(content, indent=4) + "\n")
+
+
+def write_trained_on(folder: Path, record: Mapping[str, Any], sha256: Sequence[str]) -> None:
+    """Write whose images the weights of these SHA-256 in a folder saw; see :func:`medgen.data.read_trained_on`."""
+    atomic_write_text(folder / TRAINED_ON, json.dumps({"weights_sha256": list(sha256), **record}) + "\n")
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -64,18 +64,18 @@ class _Stretched(Sequence[np.ndarray]):
 
     Args:
         images: the set, (C, H, W) each.
-        shift: by how many places the images are moved on, round the end.
+        order: places in the set, one after the other; all of them by default.
     """
 
-    def __init__(self, images: _PixelSet, shift: int = 0) -> None:
-        self.images, self.shift = images, shift
+    def __init__(self, images: _PixelSet, order: Sequence[int] | None = None) -> None:
+        self.images, self.order = images, range(len(images)) if order is None else order
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """(C, H, W) float32 from 0 to 1; an image of one value is black."""
-        image = self.images[(index + self.shift) % len(self.images)]
+        image = self.images[self.order[index]]
         low, high = image.min(), image.max()
         return (image - low) / (high - low or 1)
 
@@ -92,16 +92,18 @@ class GeneratorMetrics(SetMetrics):
     - ``swd``: sliced Wasserstein distance × 1000 (Karras et al. 2018, section 5), the mean of ``swd_64``, ``swd_32``,
       ``swd_16``, those of the levels of the images' Laplacian pyramids by their sides;
     - ``kid``: unbiased kernel distance (Binkowski et al. 2018) of the radiomic features of ``frd``, brought to one
-      scale by the real images and their tails drawn in by the inverse hyperbolic sine, as in ``medgen report``; a
-      perfect generator has 0 on average, at any n;
+      scale by mean and deviation of both sets together, and their tails drawn in by the inverse hyperbolic sine; sets
+      of one distribution have 0 on average, at any n, and often less. It grows ever more slowly with what
+      separates the sets: among bad generators ``frd`` tells more. (``medgen report`` scales by the real images alone,
+      by which few real images are above 0 as well: there it is to be held against the baseline beside it);
     - ``frd_real``, ``swd_real``, ``kid_real``: the same between random halves of the real images, and ``frd_equal_n``,
       ``swd_equal_n``, ``kid_equal_n`` between such a half and as many samples. The first two distances fall with n:
       these may be compared, and a perfect generator would have them equal;
     - with ``source_metrics`` the five figures that MedImageGAN reports, ``unpaired_psnr``, ``unpaired_ssim``,
       ``unpaired_ms_gmsd``, ``unpaired_mdsi``, ``unpaired_haarpsi``: means over the pairs of sample i with real image i,
       each stretched to its own range. The two have nothing to do with each other, so that these say nothing about
-      quality and are there to stand beside that project's; ``..._real``, of each real image with the next one, is what
-      a perfect generator would have;
+      quality and are there to stand beside that project's; ``..._real``, of each real image with the next one of
+      another patient, is what a perfect generator would have;
     - ``resolution``: side of the images; ``n_samples``, ``n_test``: images compared, as many of each;
     - of a network with classes all of these once more for each class, named ``..._class0``.
 
@@ -191,7 +193,7 @@ class GeneratorMetrics(SetMetrics):
         except UserError as error:
             logger.warning(f"MS-SSIM is left out: {error}")
         if self.source_metrics:
-            metrics |= self._unpaired(sets)
+            metrics |= self._unpaired(sets, [self._patients[place] for place in places])
         for name, (statistic, *both) in distances.items():
             real, samples = (_rows_at(rows, places) for rows in both)
             if min(len(real), len(samples)) < 2:
@@ -206,14 +208,18 @@ class GeneratorMetrics(SetMetrics):
                 logger.warning(f"{name} is left out: {error}")
         return metrics
 
-    def _unpaired(self, sets: dict[str, _PixelSet]) -> dict[str, float]:
-        """MedImageGAN's figures: of each real image with the sample at its place, and with the next real image."""
+    def _unpaired(self, sets: dict[str, _PixelSet], patients: Sequence[str]) -> dict[str, float]:
+        """MedImageGAN's figures: of each real image with the sample at its place, and with another patient's image."""
         side = min(sets["test"].pixels.shape[2:])
         names = [name for name in UNPAIRED if PAIRED_METRICS[name].min_side <= side]
         if left := [PAIRED_METRICS[name].title for name in UNPAIRED if name not in names]:
             logger.warning(f"unpaired {', '.join(left)} left out: images of {side} pixels are too small")
         real = _Stretched(sets["test"])
-        others = {"": _Stretched(sets["samples"]), "_real": _Stretched(sets["test"], shift=1)}
+        others = {"": _Stretched(sets["samples"])}
+        if len(set(patients)) > 1:
+            others["_real"] = _Stretched(sets["test"], _others(patients))
+        else:
+            logger.warning("unpaired figures of real images are left out: all images are of one patient")
         found = {}
         for suffix, images in others.items():
             summary = paired_quality(real, images, names, device=self.device, n_resamples=2).summary
@@ -267,9 +273,21 @@ def _radiomic_kernel_distance(
     real: NDArray[np.float64], samples: NDArray[np.float64], names: Sequence[str], **patients: Sequence[str] | None
 ) -> float:
     """Kernel distance of radiomic features, (N, D) and (M, D), named by ``names``."""
-    normal = normalise_features(real, samples, names, "frd_v1")
-    # features of slightly blurred images lie hundreds of deviations away: the cubic kernel would see nothing else
-    return kernel_distance(np.arcsinh(normal.reference), np.arcsinh(normal.samples), **patients)
+    # not by the real images alone: from few of them their own mean and deviation keep closer than any other images
+    both = np.concatenate([real, samples])
+    # radiomics have long tails, of which the cubic kernel would see nothing else
+    scaled = np.arcsinh(normalise_features(both, both, names, "frd_v1").reference)
+    return kernel_distance(scaled[: len(real)], scaled[len(real) :], **patients)
+
+
+def _others(patients: Sequence[str]) -> list[int]:
+    """For each image the place of the next one, round the end, that is of another patient; there are two at least."""
+    n = len(patients)
+    following = [0] * (2 * n)
+    for i in reversed(range(2 * n - 1)):
+        differs = patients[i % n] != patients[(i + 1) % n]
+        following[i] = (i + 1) % n if differs else following[i + 1]
+    return following[:n]
 
 
 def _rows_at(rows: FeatureSet, places: NDArray[np.intp]) -> FeatureSet:

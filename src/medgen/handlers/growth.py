@@ -13,11 +13,12 @@ import ignite.distributed as idist
 from ignite.engine import Events
 from torch import nn
 
+from medgen.data.image_set import file_sha256
 from medgen.data.provenance import TRAINED_ON
 from medgen.engines.pggan import PGGANTrainer
 from medgen.handlers.checkpoint import atomic_save
+from medgen.handlers.companions import write_trained_on
 from medgen.inferers.pggan import LEVELS
-from medgen.output import atomic_write_text
 
 __all__ = ["LevelSaver"]
 
@@ -38,7 +39,7 @@ class LevelSaver:
         network: the moving average.
         model_path: file of the best weights.
         trained_on: whose images the network sees (:func:`medgen.data.trained_on`), written to ``trained_on.json``
-            beside the levels; None for none.
+            beside the levels with the SHA-256 of each; None for none.
     """
 
     def __init__(self, network: nn.Module, model_path: str | Path, trained_on: Mapping[str, Any] | None = None) -> None:
@@ -69,12 +70,21 @@ class LevelSaver:
             shutil.rmtree(before, ignore_errors=True)
             self.folder.rename(before)
             logger.warning(f"{self.folder} was there before this training; kept as {before}")
-        # their own, not the model's: that one comes with the first validation, and may still be another training's
-        if self.trained_on is not None and not (self.folder / TRAINED_ON).is_file():
-            atomic_write_text(self.folder / TRAINED_ON, json.dumps(self.trained_on) + "\n")
         path = self.folder / f"{self.network.resolution:04d}.pt"
         atomic_save({name: value.cpu() for name, value in self.network.state_dict().items()}, path)
+        self._vouch(path)
         logger.info(f"{engine.images_seen} images: level {self.network.resolution} is over, saved to {path}")
+
+    def _vouch(self, path: Path) -> None:
+        """Say of a level's weights, too, whose images they saw."""
+        if self.trained_on is None:
+            return
+        # their own record, not the model's: that one names the best weights alone
+        try:
+            before = json.loads((self.folder / TRAINED_ON).read_text()).get("weights_sha256", [])
+        except FileNotFoundError:
+            before = []
+        write_trained_on(self.folder, self.trained_on, dict.fromkeys([*before, file_sha256(path)]))
 
     def state_dict(self) -> dict[str, list[int]]:
         """Sides of the levels that this training has saved."""

@@ -253,7 +253,7 @@ class ClassificationService(ImageService):
 
     def answer_one(self, image: MetaTensor, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``class`` (the name of the likeliest), ``class_index`` and ``probabilities`` by name, their sum 1."""
-        probabilities = self.network(self.as_batch(self.prepare(image)))[0].float().softmax(dim=0).cpu().tolist()
+        probabilities = self.network(self.as_batch(self.prepare(image)))[0].double().softmax(dim=0).cpu().tolist()
         index = max(range(len(probabilities)), key=probabilities.__getitem__)
         return {
             "class": self.class_names[index],

@@ -43,7 +43,7 @@ def write_predictions(path: str | PathLike[str], rows: Iterable[Mapping[str, Any
     lines.writerow(["image", "patient", "label", *(f"p{number}" for number in range(num_classes)), *more])
     for row in rows:
         label = "" if row["label"] is None else row["label"]
-        numbers = (f"{value:.9g}" for value in row["probabilities"])  # all digits of a float32
+        numbers = (repr(float(value)) for value in row["probabilities"])  # all digits: equal are those alone that were
         lines.writerow([row["image"], row["patient"], label, *numbers, *(row[name] for name in more)])
     atomic_write_text(path, table.getvalue())
 
