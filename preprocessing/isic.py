@@ -9,24 +9,27 @@ they are joined by the image's id. An image's file is named by its id, in any fo
 
 ========== ============================================================================================
 image      isic_id, image, image_id, image_name, name
-diagnosis  diagnosis, dx, clinical diagnosis, or diagnosis_3, _2; or one column each, 0 or 1: MEL, NV, ...
+diagnosis  diagnosis, dx, clinical diagnosis, or diagnosis_3, _2; or one column each, 0 or 1: MEL, NV, ..., or, as
+           in 2017, melanoma and seborrheic_keratosis (neither: nevus)
 malignancy benign_malignant, diagnosis_1, or target (1: malignant)
-patient    patient_id; lesion: lesion_id; age: age_approx, age; sex: sex
+patient    patient_id; lesion: lesion_id; age: age_approx, age_approximate, age; sex: sex
 site       anatom_site_general, anatom_site_general_challenge, localization
 ========== ============================================================================================
 
-PH2_dataset.txt is read, too (its clinical diagnoses 0, 1 and 2 are common nevus, atypical nevus and melanoma). MEL, mel
-and "melanoma in situ" are all melanoma; NV, naevus and "melanocytic nevi" are nevus; and so on. Every diagnosis is a
-class of its own, in the order of the alphabet. --binary melanoma makes two, other (0) and melanoma (1). --classes makes
-any, in the order given, each NAME=DIAGNOSIS,...: --classes "melanoma=MEL" --classes "nevus=NV,atypical nevus". Benign
-and malignant may stand there, too, for images whose diagnosis no class names; * is all the rest. Images of no class are
-left out and counted. label is the class's number, label_names in the datalist has the names. An image whose diagnosis
-is not known, or to which two tables give different classes, is rejected.
+PH2_dataset.txt is read, too (its clinical diagnoses 0, 1 and 2 are common nevus, atypical nevus and melanoma), and so
+is the table of 2016, which has no header (image, then benign or malignant). MEL, mel and "melanoma in situ" are all
+melanoma; NV, naevus and "melanocytic nevi" are nevus; and so on. Every diagnosis is a class of its own, in the order of
+the alphabet. --binary melanoma makes two, other (0) and melanoma (1). --classes makes any, in the order given, each
+NAME=DIAGNOSIS,...: --classes "melanoma=MEL" --classes "nevus=NV,atypical nevus". Benign and malignant may stand there,
+too, for images whose diagnosis no class names; * is all the rest. Images of no class are left out and counted. label is
+the class's number, label_names in the datalist has the names. An image whose diagnosis is not known, to which two
+tables give different classes, or that is called a benign melanoma or a malignant nevus, is rejected.
 
-Images of one patient, of one lesion, and copies of one another stay together in one split; the datalist's patient is
-the name of such a group, patient_id and lesion_id are the table's own. Where a table names neither, an image counts as
-a patient of its own, and a note says so. Classes are divided alike, by the shares of --split. Make one dataset of all
-classes and take parts of it with preprocessing.subset: the groups are then the same in all of them.
+Images of one patient, of one lesion, and copies of one another stay together in one split, also where only a row whose
+image is missing or left out links them; the datalist's patient is the name of such a group, patient_id and lesion_id
+are the table's own ("nan", "unknown" and the like are none). Where a table names neither, an image counts as a patient
+of its own, and a note says so. Classes are divided alike, by the shares of --split. Make one dataset of all classes and
+take parts of it with preprocessing.subset: the groups are then the same in all of them.
 
 Copies are found by a perceptual hash in all eight orientations, also where they were mirrored, turned, resized or
 compressed again; cropped or recoloured ones are not. TARGET/duplicates.csv lists the pairs (file, other, distance);
@@ -37,7 +40,8 @@ image; lesion takes the square around the mask of --masks (ID_segmentation.png, 
 of a tenth of its side. It is moved into the image; where it is larger than that, the image is mirrored at its borders.
 Hair, rulers, ink and vignettes are left as they are: a model may learn from them.
 
-Masks and superpixels beside the images are passed over, and so is all that is no image.
+Masks and superpixels beside the images are passed over, and so is all that is no image. Of several files of one id
+that show the same, the largest is converted; where they show different things, none is.
 
 With --shard 0/8 to --shard 7/8, on any machines at once, each of eight processes converts its part of the files; the
 same command without --shard then does what is missing and writes the tables, the same bytes as one process alone.
@@ -56,6 +60,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from filecmp import cmp
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +70,7 @@ from scipy.fft import dctn
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from medgen.data.datalist import file_stem, list_files, natural_key, split_by_patient
+from medgen.data.datalist import file_stem, list_files, natural_key, split_by_patient, write_rejected
 from medgen.data.reader import UnreadableImageError, read_frames
 from medgen.errors import UserError
 from medgen.output import atomic_write_text
@@ -91,6 +96,7 @@ SPLITS = ("training", "validation", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".dcm", ".dicom")
 MASK_NAME = re.compile(r"(.+?)(_segmentation|_lesion|_mask)$")
 NO_IMAGE = re.compile(r".+(_segmentation|_lesion|_mask|_superpixels|_attribute_\w+|_R\d+_Label\d+)$")
+JPEG_NOISE = 1 / 16  # between a mask's two values
 MARGIN = 0.1  # of the lesion's longer side, at each side of --crop lesion
 
 COLUMNS = {  # of two names in one table the first here counts
@@ -99,11 +105,12 @@ COLUMNS = {  # of two names in one table the first here counts
     "malignancy": ("benign_malignant", "diagnosis_1", "target"),
     "patient": ("patient_id",),
     "lesion": ("lesion_id",),
-    "age": ("age_approx", "age"),
+    "age": ("age_approx", "age_approximate", "age"),
     "sex": ("sex",),
     "site": ("anatom_site_general", "anatom_site_general_challenge", "localization"),
 }
-ONE_HOT = ("mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc", "unk")
+OF_2017 = ("melanoma", "seborrheic_keratosis")
+ONE_HOT = ("mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc", "unk", *OF_2017)
 PH2_DIAGNOSES = {"0": "common nevus", "1": "atypical nevus", "2": "melanoma"}
 # fmt: off
 ALIASES = {
@@ -118,19 +125,25 @@ ALIASES = {
     "squamous cell carcinoma": (
         "scc", "squamous cell carcinoma in situ", "squamous cell carcinoma invasive", "squamous cell carcinoma nos",
     ),
-    "": ("unk", "unknown", "none", "n/a", "nan"),
+    "": ("unk", "unknown", "none", "n/a", "na", "nan", "null", "-"),
 }
 # fmt: on
 CANONICAL = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 MALIGNANCY = {"benign": "benign", "malignant": "malignant", "0": "benign", "1": "malignant"}
 REST = "*"
+# not of carcinomas: tables that name one "target" often mean melanoma by it
+CONTRADICTIONS = {
+    "melanoma": "benign",
+    **dict.fromkeys(("nevus", "common nevus", "atypical nevus"), "malignant"),
+}
 
 # Of the 12,720 pairs of 160 images of PH2 none differs in fewer than 55 of the 255 bits, and none of those of up to 90
 # bits in less than 8 levels of colour. Copies that were mirrored, halved or quartered, or saved as JPEG of quality 20
-# differ in 23 bits at most.
+# differ in 23 bits at most, those turned, halved and then so saved in 37 at most (also with another ratio of height to
+# width); of those quartered and then so saved, 158 of 160 are found.
 HASH_SIDE = 16  # frequencies of the hash in each direction; the first of all, the mean, has no part in it
 THUMB_SIDE = 8  # pixels
-MAX_BITS = 32
+MAX_BITS = 42
 MAX_COLOUR = 8.0  # levels of 255
 BLOCK = 1024  # images compared with all others at a time
 
@@ -215,6 +228,10 @@ def read_records(tables: Sequence[Path]) -> dict[str, Record]:
             f"expected a table with a column {', '.join(COLUMNS['diagnosis'])}, or MEL, NV, ..., got "
             f"{', '.join(str(path) for path in tables)}; name one with --metadata"
         )
+    for record in records.values():
+        for name, table in record.diagnoses.items():
+            if not record.wrong and record.malignancy and CONTRADICTIONS.get(name) == record.malignancy:
+                record.wrong = f"{name} ({table}) and {record.malignancy} at once"
     return dict(records)
 
 
@@ -222,20 +239,24 @@ def _add(record: Record, cells: Mapping[str, str], hot: Mapping[str, str], table
     """Add one row to what is known of an image."""
     diagnosis = cells.get("diagnosis", "")
     if hot:
-        chosen = [abbreviation for abbreviation, cell in hot.items() if _number(cell)]
-        if len(chosen) != 1:
+        chosen = [abbreviation for abbreviation, cell in hot.items() if _number(cell) == 1]
+        odd = next((f"{name} {cell}" for name, cell in hot.items() if cell and _number(cell) not in (0, 1)), None)
+        if odd:
+            record.wrong = f"expected 0 or 1 for each diagnosis in {table}, got {odd:.80}: predictions are no diagnosis"
+        elif len(chosen) != 1:
             record.wrong = f"expected one diagnosis of 1 in {table}, got {', '.join(chosen).upper() or 'none'}"
         diagnosis = chosen[0] if chosen else ""
     if (name := canonical(diagnosis)) != "":
         record.diagnoses.setdefault(name, table)
-    said = MALIGNANCY.get(cells.get("malignancy", "").lower().removesuffix(".0"), "")
+    said = _malignancy(cells.get("malignancy", ""))
     if said and record.malignancy not in ("", said):
         record.wrong = f"benign and malignant at once; {table} says {said}"
     record.malignancy = said or record.malignancy
-    if cells.get("patient"):
-        record.patients[cells["patient"]] = None
-    if cells.get("lesion"):
-        record.lesions[cells["lesion"]] = None
+    for kind, ids in (("patient", record.patients), ("lesion", record.lesions)):
+        own = cells.get(kind, "")
+        if canonical(own) != "":
+            # a table that was read with gaps in a column of numbers, and written again, has 17.0 for 17
+            ids[re.sub(r"(?<=\d)\.0$", "", own)] = None
     age = _number(cells.get("age", ""))
     fields = {
         "age": None if age is None else round(age),
@@ -243,7 +264,7 @@ def _add(record: Record, cells: Mapping[str, str], hot: Mapping[str, str], table
         "site": cells.get("site"),
     }
     for key, value in fields.items():
-        if value not in (None, "", "unknown"):
+        if isinstance(value, int) or (value and canonical(value) != ""):
             record.fields.setdefault(key, value)
 
 
@@ -265,7 +286,24 @@ def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--metadata {path} cannot be read as a table in UTF-8 ({c.one_line(error)})") from error
-    return (rows[0], rows[1:]) if rows else ([], [])
+    if not rows:
+        return [], []
+    header, *below = rows
+    columns, one_hot = _columns(header)
+    if "image" not in columns and all(len(row) == 2 and _malignancy(row[1]) for row in rows if row):
+        return ["image", "benign_malignant"], rows  # of 2016, which has no header
+    if one_hot.keys() == set(OF_2017):
+        # where both are 0, it is a nevus
+        places = one_hot.values()
+        cells = [[*row, *[""] * len(header)][: len(header)] for row in below]
+        below = [[*row, str(int(all(_number(row[n]) == 0 for n in places)))] for row in cells]
+        header = [*header, "NV"]
+    return header, below
+
+
+def _malignancy(text: str) -> str:
+    """benign or malignant; empty if the cell says neither."""
+    return MALIGNANCY.get(text.strip().lower().removesuffix(".0"), "")
 
 
 def _ph2_rows(text: str) -> tuple[list[str], list[list[str]]]:
@@ -523,7 +561,12 @@ def _find_tables(source: Path, files: Sequence[str]) -> list[Path]:
     tables = []
     for file in files:
         if file.lower().endswith((".csv", ".tsv")) or file.rsplit("/", 1)[-1] == "PH2_dataset.txt":
-            columns, one_hot = _columns(_read_rows(source / file)[0])
+            try:
+                header, _ = _read_rows(source / file)
+            except UserError as error:
+                print(f"note: passed over: {str(error).removeprefix('--metadata ')}", file=sys.stderr)
+                continue
+            columns, one_hot = _columns(header)
             if "image" in columns and (len(columns) > 1 or one_hot):
                 tables.append(source / file)
     if not tables:
@@ -546,6 +589,101 @@ def _find_masks(folder: Path) -> dict[str, Path]:
     if not masks:
         raise UserError(f"expected masks (ID_segmentation.png and the like) below --masks {folder}, got none")
     return masks
+
+
+def _one_file_each(
+    source: Path, there: Mapping[str, Sequence[str]], masks: Mapping[str, Path]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The photograph of each image.
+
+    Args:
+        source: where the files' paths start from.
+        there: files per id.
+        masks: of --masks, per id.
+
+    Returns:
+        The file per id, and the reason per file that is rejected.
+
+    Raises:
+        UserError: the files of most images show different things.
+    """
+    found: dict[str, str] = {}
+    rejected: dict[str, str] = {}
+    unclear: list[str] = []
+    for ident, files in there.items():
+        mask = masks[ident].resolve() if ident in masks else None
+        if len(files) > 1:
+            files = [file for file in files if (source / file).resolve() != mask]
+        elif mask is not None and (source / files[0]).resolve() == mask:
+            rejected[files[0]] = "its mask and its photograph are this one file: one of the two is missing"
+            continue
+        if len(files) > 1:
+            files, reasons = _photographs(source, files)
+            rejected |= reasons
+        if len(files) == 1:
+            found[ident] = files[0]
+        elif files:
+            unclear.append(ident)
+            for file in files:
+                others = " and ".join(other for other in files if other != file)
+                rejected[file] = f"named as {others}, which shows something else: leave only the photograph there"
+    if len(unclear) * 2 > len(there):
+        first = " and ".join(there[unclear[0]])
+        raise UserError(
+            f"of {len(unclear)} of {len(there)} images several files that differ have the name, the first {first}; "
+            "name the folder of the photographs as --source, and the table by --metadata"
+        )
+    return found, rejected
+
+
+def _photographs(source: Path, files: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Those of an image's files that show different photographs, and the reasons against the others but masks."""
+    pictures: dict[str, np.ndarray] = {}
+    masks: list[str] = []
+    reasons: dict[str, str] = {}
+    unlike: list[str] = []
+    for file in files:
+        try:
+            # bytes first: where challenges share images by the ten thousand, decoding them takes an hour
+            twin = next((one for one in unlike if cmp(source / one, source / file, shallow=False)), None)
+            if twin is not None:
+                reasons[file] = f"the same image as {twin}"
+                continue
+            unlike.append(file)
+        except OSError as error:
+            reasons[file] = c.one_line(error)
+    if len(unlike) == 1:
+        return unlike, reasons
+    for file in unlike:
+        try:
+            pixels = read_frames(source / file)[0].pixels
+        except (UnreadableImageError, OSError) as error:
+            reasons[file] = c.one_line(error)
+            continue
+        if _is_mask(pixels):
+            masks.append(file)
+        else:
+            pictures[file] = pixels
+    if not pictures:
+        return [], reasons | dict.fromkeys(masks, "it has two values, as masks have: no photograph")
+    # of those of one size the first
+    largest = sorted(pictures, key=lambda file: -pictures[file].shape[0] * pictures[file].shape[1])
+    hashes = [perceptual_hash(pictures[file]) for file in largest]
+    copies = find_copies(hashes, [_thumbnail(pictures[file]) for file in largest])
+    same = [largest[later] for first, later, _ in copies if first == 0]
+    reasons |= dict.fromkeys(same, f"the same image as {largest[0]}")
+    return [file for file in largest if file not in same], reasons
+
+
+def _is_mask(pixels: np.ndarray) -> bool:
+    """Whether an image has two values, or, as JPEG leaves them, next to none between black and white."""
+    if pixels.ndim == 3:
+        if np.abs(pixels - pixels[..., :1]).max() > JPEG_NOISE:
+            return False
+        pixels = pixels[..., 0]
+    if ((pixels == pixels.min()) | (pixels == pixels.max())).all():
+        return True
+    return bool((np.minimum(pixels, 1 - pixels) <= JPEG_NOISE).mean() >= 0.95)
 
 
 def convert_isic(
@@ -600,17 +738,17 @@ def convert_isic(
     found_masks = _find_masks(masks) if masks is not None else {}
 
     rejected: dict[str, str] = {}
-    found: dict[str, str] = {}
+    there: dict[str, list[str]] = defaultdict(list)
     for file in files:
         if not file.lower().endswith(IMAGE_SUFFIXES):
             continue
         ident = image_id(file)
-        if ident in found:
-            rejected[file] = f"the same image as {found[ident]}"
-        elif ident in records:
-            found[ident] = file
+        if ident in records:
+            there[ident].append(file)
         elif not NO_IMAGE.match(file_stem(file)):
             rejected[file] = f"not {listed}"
+    found, reasons = _one_file_each(source, there, found_masks)
+    rejected |= reasons
     if wanted is None:
         wanted = Classes.of_all([records[ident] for ident in found])
     labels: dict[str, int] = {}
@@ -619,8 +757,10 @@ def convert_isic(
         verdict = class_of(record, wanted)
         if verdict is None:
             left_out[" or ".join(record.diagnoses) or record.malignancy] += ident in found
-        elif ident not in found:
+        elif ident not in there:
             rejected[ident] = f"{listed}, but not found below the source"
+        elif ident not in found:
+            continue  # its files are rejected
         elif isinstance(verdict, str):
             rejected[found[ident]] = verdict
         elif masks is not None and ident not in found_masks:
@@ -631,14 +771,14 @@ def convert_isic(
         first = next(iter(rejected.items()), ("", "no row"))
         raise UserError(
             f"none of the {len(records)} images of the tables can be used, the first: {' '.join(first).strip()}; "
-            "name the folder of the images as --source"
+            "mend the tables, or name the folder of the images as --source"
         )
     empty = [name for number, name in enumerate(wanted.names) if number not in labels.values()]
     if empty:
-        there = Counter(
+        known = Counter(
             one for ident in found for one in records[ident].diagnoses or (records[ident].malignancy,) if one
         )
-        told = ", ".join(f"{one} {number}" for one, number in there.most_common())
+        told = ", ".join(f"{one} {number}" for one, number in known.most_common())
         raise UserError(f"no image is of class {empty[0]}; the tables have {told}: see --classes and --binary")
 
     names = sorted(labels, key=natural_key)
@@ -661,6 +801,14 @@ def convert_isic(
     dropped = _later_copies(len(items), copies) if drop_duplicates else set()
     kept = [item for number, item in enumerate(items) if number not in dropped]
     count = Counter(item["label"] for item in kept)
+    rejected = {file: rejected[file] for file in sorted(rejected, key=natural_key)}
+    lost = next((class_name for label, class_name in enumerate(wanted.names) if not count[label]), None)
+    if kept and lost is not None and all(outcome.final for outcome in outcomes.values()):
+        write_rejected(target / "rejected.csv", rejected)
+        raise UserError(
+            f"no image of class {lost} is left, all were rejected or dropped as copies: see {target / 'rejected.csv'} "
+            "and duplicates.csv; mend the files, or choose other classes by --classes"
+        )
     goals = {(label,): {split: share * n for split, share in shares.items()} for label, n in count.items()}
     splits = split_classes(kept, goals, seed) if kept else {split: [] for split in SPLITS}
 
@@ -672,7 +820,6 @@ def convert_isic(
     for label, class_name in enumerate(wanted.names):
         own = ", ".join(f"{split} {sum(item['label'] == label for item in splits[split])}" for split in SPLITS)
         print(f"class {label}, {class_name}: {own}")
-    rejected = {file: rejected[file] for file in sorted(rejected, key=natural_key)}
     return c.finish(
         target,
         name or source.resolve().name,
@@ -693,8 +840,11 @@ def _items(
     copies: Sequence[tuple[int, int, int]],
 ) -> list[Item]:
     """Datalist items, whose patient is the group that may not be divided."""
+    # a row whose image is not written may still say that two others are of one patient
+    idents = [ident for ident, _ in written]
+    idents += sorted(records.keys() - set(idents), key=natural_key)
     keys: list[list[tuple[str, Any]]] = []
-    for ident, _ in written:
+    for ident in idents:
         record = records[ident]
         keys.append([("patient", one) for one in record.patients] + [("lesion", one) for one in record.lesions])
     for one, two, _ in copies:
@@ -703,12 +853,13 @@ def _items(
     groups = unite(keys)
     # the first id of a group is its name: of a patient if there is one, else of a lesion, else of an image
     names: dict[int, tuple[int, list[tuple[int, int, str]], str]] = {}
-    for group, (ident, _) in zip(groups, written, strict=True):
+    for group, ident in zip(groups, idents, strict=True):
         record = records[ident]
         for rank, ids in enumerate((record.patients, record.lesions, (ident,))):
             for one in ids:
                 option = (rank, natural_key(one), one)
                 names[group] = min(option, names.get(group, option))
+    groups = groups[: len(written)]
     items = []
     for group, (ident, file) in zip(groups, written, strict=True):
         record = records[ident]

@@ -36,7 +36,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medgen.data.datalist import natural_key, validate_datalist, write_datalist, write_rejected
+from medgen.data.datalist import distinct_names, natural_key, validate_datalist, write_datalist, write_rejected
 from medgen.errors import UserError
 from preprocessing import _convert as c
 
@@ -183,7 +183,9 @@ def write_subset(
     splits = {
         key: value
         for key, value in content.items()
-        if isinstance(value, list) and all(isinstance(item, dict) for item in value)
+        if isinstance(value, list)
+        and all(isinstance(item, dict) for item in value)
+        and (value or key in ("training", "validation", "test"))  # an empty list of names is no split
     }
     first = next((item["image"] for items in splits.values() for item in items), None)
     if first is None:
@@ -204,12 +206,14 @@ def write_subset(
         "validation": _counts(validation, names, "--validation"),
     }
     chosen = [_class(text, names) for text in keep or ()] or list(wanted["training"] if only else range(len(names)))
-    lost = {number for counts in wanted.values() for number in counts}.difference(chosen)
-    if len(set(chosen)) < len(chosen) or lost:
-        raise UserError(
-            f"--keep must name each class once, and those of --training and --validation, got "
-            f"{', '.join(names[number] for number in chosen)}"
-        )
+    twice = next((number for number in chosen if chosen.count(number) > 1), None)
+    if twice is not None:
+        raise UserError(f"--keep names {names[twice]} twice; name each class once")
+    for split, counts in wanted.items():
+        lost = next((number for number in counts if number not in chosen), None)
+        if lost is not None:
+            by = "--only keeps the classes of --training alone" if only else "--keep leaves it out"
+            raise UserError(f"--{split} names {names[lost]}, but {by}; name that class there, or not in --{split}")
     anew = {old: new for new, old in enumerate(chosen)}
     names = [names[number] for number in chosen]
     splits = {
@@ -219,6 +223,10 @@ def write_subset(
     for split, counts in wanted.items():
         own = {anew[number]: count for number, count in counts.items()}
         splits[split] = _taken(splits.get(split, []), own, names, split, seed)
+    count = Counter(item["label"] for item in splits["training"])
+    empty = next((one for number, one in enumerate(names) if not count[number]), None)
+    if empty is not None:
+        raise UserError(f"class {empty} has no training image; keep the other classes alone, by --keep")
     _write(target, name or target.resolve().name, head, splits, names, seed, root)
     return 0
 
@@ -247,7 +255,9 @@ def _write(
     extra.pop("name", None)
     stems = [re.sub(r"[^a-z0-9]+", "_", one.lower()).strip("_") for one in names]
     # names that are the same but for their signs are told apart by their numbers
-    stems = [stem if stem and stems.count(stem) == 1 else f"{stem}_{n}".strip("_") for n, stem in enumerate(stems)]
+    full = [f"{stem}_{n}".strip("_") for n, stem in enumerate(stems)]
+    short = [stem or one for stem, one in zip(stems, full, strict=True)]
+    stems = distinct_names(short, full, [f"{n} {one}" for n, one in enumerate(names)])
     single = {target / f"datalist_{stem}.json": number for number, stem in enumerate(stems)}
     for path in target.glob("datalist_*.json"):
         if path not in single and _is_ours(path):  # of another choice of classes
@@ -263,7 +273,9 @@ def _write(
         told = ", ".join(f"{one} {count[number]}" for number, one in enumerate(names))
         print(f"{split}: {len(items)} images of {len({item['patient'] for item in items})} patients ({told})")
     print(f"datalist: {datalist}; of one class each: {', '.join(path.name for path in single)}")
-    if os.path.abspath(root) != os.path.abspath(target):
+    # whole paths, since bundles' commands are typed in other folders
+    datalist, root, target = (Path(os.path.abspath(path)) for path in (datalist, root, target))
+    if root != target:
         print(f"use it with: {shlex.join(['--datalist', str(datalist), '--dataset_dir', str(root)])}", flush=True)
 
 

@@ -16,14 +16,27 @@ DATALIST=$(absolute "$DATALIST")
 data=(--datalist "$DATALIST")
 if [ -n "${DATASET_DIR:-}" ]; then data+=(--dataset_dir "$(absolute "$DATASET_DIR")"); fi
 run=("$PYTHON" -m monai.bundle run --config_file)
-rare=1 # the class that is filled up: melanoma
+# the class that is filled up, the rarer one of the training (of the phantoms melanoma), as the datalist has it and by its
+# number; and the last seed, for as many images as it lacks
+rarer=$("$PYTHON" - "$DATALIST" <<'CODE'
+import collections, json, sys
+content = json.load(open(sys.argv[1], encoding="utf-8"))
+counts = collections.Counter(item.get("label") for item in content.get("training", [])).most_common()
+if len(counts) != 2 or None in dict(counts):
+    sys.exit("the demo needs training images of two classes, all with a label; preprocessing.subset --keep A --keep B makes them")
+rare = counts[1][0]
+number = content.get("label_names", [rare]).index(rare) if isinstance(rare, str) else rare
+print(rare, number, max(400, counts[0][1] - counts[1][1]) - 1, sep="\n")
+CODE
+)
+{ read -r label && read -r rare && read -r last; } <<<"$rarer"
 
 # a generator of the rare class, from the training's patients alone, and images of its own
 cd "$bundle/../skin_sngan"
-show "${run[@]}" "['configs/train.json','configs/demo.json']" "${data[@]}" --label $rare \
+show "${run[@]}" "['configs/train.json','configs/demo.json']" "${data[@]}" --label "$label" \
     --output_dir "$out/generator" --model_path "$out/generator/model.pt"
 show "${run[@]}" "['configs/inference.json','configs/demo.json']" --model_path "$out/generator/model.pt" \
-    --label $rare --seeds 0-399 --output_dir "$out/generated"
+    --label "$rare" --seeds "0-$last" --output_dir "$out/generated"
 
 # the same steps on real images, and on real images and as many synthetic ones as the rare class lacks
 cd "$bundle"

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from medgen.data.phantom import PhantomSpec, write_phantom
+from medgen.data.phantom.skin import Lesion, Photograph, Skin, SkinPhantom
 from medgen.errors import UserError
 from preprocessing import _convert as c
 from preprocessing import isic
@@ -53,9 +54,9 @@ def items_of(target) -> dict[str, dict]:
     return {Path(item["image"]).stem: {**item, "split": name} for name in names for item in content[name]}
 
 
-def picture(seed: int, shape=(48, 64)) -> np.ndarray:
+def picture(seed: int, shape=(48, 64), sigma=4.0) -> np.ndarray:
     """A smooth picture in colour, (H, W, 3) in [0, 1]."""
-    noise = gaussian_filter(np.random.default_rng(seed).standard_normal((*shape, 3)), (4, 4, 0))
+    noise = gaussian_filter(np.random.default_rng(seed).standard_normal((*shape, 3)), (sigma, sigma, 0))
     return ((noise - noise.min()) / np.ptp(noise)).astype(np.float32)
 
 
@@ -96,6 +97,12 @@ FORMS = {
         "a,P1,male,45.0,head/neck,melanoma,malignant,1\nb,P1,female,50.0,torso,unknown,benign,0\n",
         {"a": ("melanoma", "P1", None), "b": ("", "P1", None)},
     ),
+    "ISIC 2016": ("a,benign\nb,malignant\n", {"a": ("", None, None), "b": ("", None, None)}),
+    "ISIC 2016, test": ("a,0.0\nb,1.0\n", {"a": ("", None, None), "b": ("", None, None)}),
+    "ISIC 2017": (
+        "image_id,melanoma,seborrheic_keratosis\na,0.0,0.0\nb,1.0,0.0\nc,0.0,1.0\n",
+        {"a": ("nevus", None, None), "b": ("melanoma", None, None), "c": ("seborrheic keratosis", None, None)},
+    ),
     "HAM10000": (
         "lesion_id,image_id,dx,dx_type,age,sex,localization\nL1,a,bkl,histo,80.0,male,scalp\nL2,b,nv,histo,,male,ear\n",
         {"a": ("benign keratosis", None, "L1"), "b": ("nevus", None, "L2")},
@@ -129,6 +136,32 @@ def test_tables_of_every_form_are_read_by_their_columns(form, tmp_path):
         for name, r in records.items()
     }
     assert found == expected
+    if form.startswith("ISIC 2016"):
+        assert [record.malignancy for record in records.values()] == ["benign", "malignant"]
+
+
+def test_ids_that_say_nothing_are_none_and_numbers_have_one_form(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("image,diagnosis,patient_id,lesion_id\na,nv,17,nan\nb,nv,17.0,NA\nc,nv,Unknown,-\nd,nv,None,L1.0\n")
+    records = read_records([path])
+    assert [list(record.patients) for record in records.values()] == [["17"], ["17"], [], []]
+    assert [list(record.lesions) for record in records.values()] == [[], [], [], ["L1"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("image,MEL,NV\na,0.9,0.1\n", "got mel 0.9: predictions are no diagnosis"),
+        ("image,MEL,NV\na,1,0.2\n", "got nv 0.2"),
+        ("image,MEL,NV\na,1,1\n", "got MEL, NV"),
+        ("image,diagnosis,target\na,MEL,0\n", "melanoma (t.csv) and benign at once"),
+        ("image,diagnosis,benign_malignant\na,Atypical Nevus,malignant\n", "atypical nevus (t.csv) and malignant at"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_wrong(text, said, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    assert said in read_records([path])["a"].wrong
 
 
 def test_ages_sexes_and_sites_are_kept_as_far_as_they_are_known(tmp_path):
@@ -291,6 +324,18 @@ def test_changed_copies_are_found(change, archive):
     assert [found[:2] for found in find_copies(*hashed(pair))] == [(0, 1)]
 
 
+def test_a_copy_turned_halved_and_compressed_hard_is_found():
+    rng = np.random.default_rng(1)
+    pixels = SkinPhantom(Skin.draw(rng), Lesion.draw(rng, "nevus"), Photograph.draw(rng)).render(192).image
+    image = Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+    half = image.transpose(Image.Transpose.TRANSVERSE).resize((image.height // 2, image.width // 2))
+    stream = io.BytesIO()
+    half.save(stream, "JPEG", quality=10)
+    ((one, two, bits),) = find_copies(*hashed([pixels, np.asarray(Image.open(stream), np.float32) / 255]))
+    assert (one, two) == (0, 1)
+    assert bits > 32  # else this would test nothing that the others do not
+
+
 def test_images_of_another_colour_are_no_copies_though_their_shapes_agree():
     pixels = picture(5)
     assert find_copies(*hashed([pixels, pixels * 0.8])) == []
@@ -373,10 +418,19 @@ def few(tmp_path) -> Path:
     return source
 
 
-def test_what_cannot_be_used_is_rejected_with_its_reason(few, tmp_path):
+def test_what_cannot_be_used_is_rejected_with_its_reason(few, tmp_path, capsys):
     save(few / "stray.png", picture(1))
     (few / "deep" / "i1.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     save(few / "again" / "i2.jpg", picture(1))
+    save(few / "deep" / "i5.png", large := picture(105, (96, 128), 2.5))
+    save(
+        few / "again" / "small" / "i5.jpg", large.reshape(48, 2, 64, 2, 3).mean((1, 3)), quality=90
+    )  # comes before the larger one
+    (few / "again" / "i7.png").write_bytes((few / "deep" / "i7.png").read_bytes())
+    mask = np.zeros((48, 64), np.float32)
+    mask[10:30, 20:30] = 1
+    save(few / "again" / "i6.jpg", mask)  # two values, next to, as JPEG has them: passed over
+    (few / "old.csv").write_bytes("Läsion;x\n".encode("latin-1"))
     save(few / "i3_segmentation.png", picture(2))  # a mask is no image, and passed over
     (few / "licence.txt").write_text("none")
     with open(few / "labels.csv", "a") as table:
@@ -387,12 +441,57 @@ def test_what_cannot_be_used_is_rejected_with_its_reason(few, tmp_path):
     assert rejected.pop("deep/i1.png")
     assert rejected == {
         "stray.png": "not listed in labels.csv",
-        "deep/i2.png": "the same image as again/i2.jpg",
+        "deep/i2.png": "named as again/i2.jpg, which shows something else: leave only the photograph there",
+        "again/i2.jpg": "named as deep/i2.png, which shows something else: leave only the photograph there",
+        "again/small/i5.jpg": "the same image as deep/i5.png",
+        "deep/i7.png": "the same image as again/i7.png",
         "gone": "listed in labels.csv, but not found below the source",
         "deep/i4.png": "the tables give it different classes: nevus (labels.csv) and melanoma (labels.csv)",
         "empty.png": "its diagnosis is not known",
     }
-    assert items_of(tmp_path / "out").keys() == {f"i{number}" for number in range(12)} - {"i1", "i4"}
+    assert items_of(tmp_path / "out").keys() == {f"i{number}" for number in range(12)} - {"i1", "i2", "i4"}
+    shown = np.asarray(Image.open(tmp_path / "out" / "images" / "i6.png"), float)
+    expected = c.render(picture(106), c.Settings("x", 16, c.Fit.crop, channels="rgb"))
+    assert np.abs(shown - np.asarray(expected, float)).max() <= 1  # the photograph, not the mask
+    assert "old.csv cannot be read as a table" in capsys.readouterr().err
+
+
+def test_most_images_with_files_that_differ_are_an_error(few, tmp_path, capsys):
+    for number in range(7):
+        save(few / "more" / f"i{number}.png", picture(200 + number))
+    assert call(few, tmp_path / "out", size=16) == 1
+    assert "of 7 of 12 images several files that differ have the name, the first deep/i0.png and more/i0.png" in (
+        capsys.readouterr().err
+    )
+
+
+def test_masks_of_the_photographs_names_are_known_by_their_folder(few, tmp_path):
+    """Grey ones of many values, which could be photographs, and one whose photograph is missing."""
+    for number in range(12):
+        save(few / "a_masks" / f"i{number}.png", picture(300 + number)[..., 0])
+    (few / "deep" / "i3.png").unlink()
+    assert call(few, tmp_path / "out", crop="lesion", masks=few / "a_masks", size=16) == 3
+    rejected = {row["file"]: row["reason"] for row in rows(tmp_path / "out" / "rejected.csv")}
+    assert rejected == {"a_masks/i3.png": "its mask and its photograph are this one file: one of the two is missing"}
+    assert len(items_of(tmp_path / "out")) == 11
+
+
+def test_a_row_whose_image_is_missing_links_a_patient_and_a_lesion(few, tmp_path):
+    """The image of i1's patient and i2's lesion is missing, that of i3's and i4's of a class that is left out."""
+    lines = ["i1,NV,P1,", "i2,NV,,L1", "gone,NV,P1,L1", "i3,MEL,P2,", "i4,NV,,L2", "i5,BCC,P2,L2", "i6,MEL,,"]
+    (few / "labels.csv").write_text("image,diagnosis,patient_id,lesion_id\n" + "\n".join(lines) + "\n")
+    assert call(few, tmp_path / "out", "--classes", "n=NV", "--classes", "m=MEL", size=16) == 3
+    patients = {name: item["patient"] for name, item in items_of(tmp_path / "out").items()}
+    assert patients == {"i1": "P1", "i2": "P1", "i3": "P2", "i4": "P2", "i6": "i6"}
+
+
+def test_a_class_without_a_readable_image_is_an_error(few, tmp_path, capsys):
+    for number in range(0, 12, 3):
+        (few / "deep" / f"i{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    assert call(few, tmp_path / "out", size=16) == 1
+    assert "no image of class melanoma is left" in capsys.readouterr().err
+    assert len(rows(tmp_path / "out" / "rejected.csv")) == 4
+    assert not (tmp_path / "out" / "datalist.json").exists()
 
 
 def test_a_class_that_is_not_asked_for_is_left_out_and_counted(few, tmp_path, capsys):

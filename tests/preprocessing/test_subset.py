@@ -112,6 +112,32 @@ def test_each_class_has_a_datalist_of_its_own_with_the_same_items(data, tmp_path
     assert len(read(tmp_path / "out", "datalist_hand.json")["training"]) == 6
 
 
+def test_names_that_are_alike_have_files_of_their_own(tmp_path):
+    names = ["a", "a!", "a 1", "皮"]
+    data = make(tmp_path / "data", lambda patient: {"label": patient // 5}, label_names=names)
+    assert call(data, tmp_path / "out") == 0
+    singles = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("datalist_*.json")]
+    assert {single["name"] for single in singles} == {f"out, {name}" for name in names}
+    assert all(len(counts(single["training"])) == 1 for single in singles)
+
+
+def test_an_empty_list_of_names_is_no_split_and_paths_are_whole(tmp_path, monkeypatch, capsys):
+    make(tmp_path / "data", lambda patient: {"label": patient % 2}, label_names=[])
+    monkeypatch.chdir(tmp_path)
+    assert call("data", "out", "--training", "1=3") == 0
+    assert read(tmp_path / "out")["label_names"] == ["0", "1"]
+    told = f"use it with: --datalist {tmp_path}/out/datalist.json --dataset_dir {tmp_path}/data"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+
+
+def test_a_class_without_a_training_image_is_refused(tmp_path, capsys):
+    data = make(tmp_path / "data", lambda patient: {"label": int(patient % 5 == 4)}, label_names=["x", "y", "z"])
+    for words, name in (([], "y"), (["--keep", "x", "--keep", "z"], "z")):
+        assert call(data, tmp_path / "out", *words) == 1
+        assert f"class {name} has no training image" in capsys.readouterr().err
+    assert call(data, tmp_path / "out", "--keep", "x") == 0
+
+
 def test_labels_that_are_names_become_numbers(tmp_path):
     data = make(tmp_path / "data", lambda patient: {"label": "ab"[patient % 2]})
     call(data, tmp_path / "out", "--training", "b=3")
@@ -143,7 +169,9 @@ def test_a_finding_becomes_the_label_and_other_findings_are_left_out(tmp_path, c
         (["--training", "Foot=1"], "expected a class of Abdomen, CXR, Hand"),
         (["--training", "Hand"], "must be CLASS=N"),
         (["--training", "Hand=1", "--training", "2=2"], "names Hand twice"),
-        (["--training", "Hand=1", "--keep", "CXR"], "--keep must name each class once"),
+        (["--training", "Hand=1", "--keep", "CXR"], "--training names Hand, but --keep leaves it out"),
+        (["--validation", "CXR=1", "--training", "Hand=1", "--only"], "--validation names CXR, but --only keeps"),
+        (["--keep", "CXR", "--keep", "1"], "--keep names CXR twice"),
         (["--only"], "--only keeps the classes of --training"),
         (["--dataset_dir", "/nowhere"], "not found; name the folder"),
     ],
