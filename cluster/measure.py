@@ -313,6 +313,7 @@ def train_sngan(bench: Bench) -> Stage:
     size = bench.size(16)
     batch = {"image": torch.rand(size, 3, 128, 128), "label": torch.arange(size) % 2}
     settings = {"image_size": 128, "num_classes": 2, "max_images": 1_000_000, "tick_images": 1_000_000}
+    settings["train#trainer#labels"] = None  # there is no datalist
     return bench.training("skin_sngan", "train.json", batch, size, **settings)
 
 
