@@ -123,9 +123,9 @@ def test_table_holds_the_figures_beside_baselines_and_published_ones(make_study,
 
     lines = (tmp_path / "out" / "study.md").read_text().splitlines()
     assert (
-        "Dataset noise: 12 training images. Measured: 4 samples against as many images of the test split; seed 0."
-        in lines
-    )
+        "Dataset noise: 12 training images. Measured: 4 samples against as many images of the test split; seed 0. So "
+        "few images scatter widely: the distances below, of halves of them, tell large differences alone."
+    ) in lines
     for line in (
         "| preset | latent size | label of real | spectral norm | rate of D | images shown |",
         "| batch_16 | 100 | 1 | no | 0.0002 | 4,800 |",
@@ -179,6 +179,14 @@ def test_untrained_generator_is_shared_by_the_presets_of_its_size(make_study):
     assert len({run.done for run in (of_one, larger, narrow)}) == 3
     expected = {"image_size": 64, "latent_dim": 256, "g_channels": 64}
     assert all(expected.items() <= step.overrides.items() for step in larger.steps)
+
+
+def test_label_that_no_image_has_is_told_before_anything_is_written(make_study, tmp_path):
+    study = make_study("batch_16", g_channels=4, label="melanoma")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        study.check_images()
+    assert "label must be one that the datalist's items have" in str(find_user_error(caught.value))
+    assert not (tmp_path / "out").exists()
 
 
 def test_study_fails_when_every_preset_does(make_study, monkeypatch):

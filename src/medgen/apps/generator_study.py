@@ -58,6 +58,8 @@ BASELINES = {"kid_equal_n": "kid_real", "frd_equal_n": "frd_real", "swd_equal_n"
 # figures of unpaired images -> head
 UNPAIRED = {"psnr": "PSNR ↑", "ssim": "SSIM ↑", "ms_gmsd": "MS-GMSD ↓", "mdsi": "MDSI ↓", "haarpsi": "HaarPSI ↑"}
 
+FEW = 30  # test images: halves of 15
+_FEW_IMAGES = " So few images scatter widely: the distances below, of halves of them, tell large differences alone."
 _ABOUT_ROWS = (
     "The measured weights are the best of each training by its validation; *images shown* is how many images the "
     "discriminator had seen by then. *untrained* is a generator of the first preset's size before its first step, "
@@ -188,6 +190,17 @@ class GeneratorStudy:
         """All runs: the untrained generator's, then each preset's."""
         return [self._run(name) for name in (UNTRAINED, *self.presets)]
 
+    def check_images(self) -> None:
+        """See that there are training images as the settings want them, before anything is written.
+
+        Raises:
+            UserError: a datalist that is missing or broken, or a label that none of its items has.
+        """
+        self._items()
+
+    def _items(self) -> list[dict[str, Any]]:
+        return self._config("train.json", self._training(self.presets[0])).get_parsed_content("train#items")
+
     def run(self, shard: str | None = None) -> None:
         """Do what is missing, and write the table and the picture.
 
@@ -264,7 +277,6 @@ class GeneratorStudy:
         return rows + [{"name": f"{REAL}, {side} px", **figures} for side, figures in sorted(real.items())]
 
     def _about(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        items = self._config("train.json", self._training(self.presets[0])).get_parsed_content("train#items")
         try:
             dataset = _read_json(Path(self.training["datalist"])).get("name", "")
         except OSError:  # moved since
@@ -272,7 +284,7 @@ class GeneratorStudy:
         return {
             "dataset": dataset,
             "label": self.training.get("label"),
-            "n_training": len(items),
+            "n_training": len(self._items()),
             "n_test": max((int(row["n_test"]) for row in rows if row.get("n_test")), default=0),
             "split": self.evaluation.get("split", "test"),
             "seed": self.training.get("seed", 0),
@@ -287,7 +299,7 @@ class GeneratorStudy:
             "",
             f"Dataset {about['dataset'] or 'without a name'}: {about['n_training']:,} training images{of_label}. "
             f"Measured: {about['n_test']:,} samples against as many images of the {about['split']} split; seed "
-            f"{about['seed']}.",
+            f"{about['seed']}.{_FEW_IMAGES if about['n_test'] < FEW else ''}",
             "",
             _ABOUT_ROWS,
             "",

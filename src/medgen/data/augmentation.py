@@ -187,6 +187,11 @@ def mix_synthetic(
     for label, count in sorted(wanted.items()):
         there = pool.get(label, [])
         if count > len(there):
+            if not synthetic:
+                raise UserError(
+                    f"class {label} needs {count} synthetic images, got none of any class; name the datalist.json of a "
+                    "generator's images with --synthetic"
+                )
             raise UserError(
                 f"class {label} needs {count} synthetic images, got {len(there)}; generate {count - len(there)} more "
                 f"of it (--seeds) beside its {len(of_class[label])} real ones, or lower the ratio"

@@ -602,10 +602,13 @@ def load_classes(
         number = index.get(label) if isinstance(label, str) else label
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < num_classes:
             got = "none" if label is None else repr(label)
+            remedy = f"mend the datalist, or set --num_classes to {len(names) or 0}"
+            if label is None:
+                remedy = "give the items labels, or for a generator without classes set --num_classes to 0"
             known = f" or one of label_names ({', '.join(map(str, names))})" if index else ""
             raise UserError(
                 f"datalist {datalist}: {item['image']}: label must be a class from 0 to {num_classes - 1}{known}, got "
-                f"{got}; mend the datalist, or set --num_classes to {len(names) or 0}"
+                f"{got}; {remedy}"
             )
         item["label"] = number
     return items
