@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,30 +42,32 @@ class ControlOverlay(NamedTuple):
     notes: tuple[str, ...]
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's loader of one mapping of plain values, each key once."""
+def _check_plain(text: bytes) -> None:
+    """See that a control file is one mapping of plain values, each key once, before anything is made of it.
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """A node; repetitions by name, which may grow without limit, are none of a control file's."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"a value must be written out, got *{self.peek_event().anchor:.60}")
-        return super().compose_node(parent, index)
+    Repetitions by name (aliases), which may grow without limit, are none of a control file's.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping of plain values."""
-        for key, value in node.value:
-            for part in (key, value):
-                if not isinstance(part, yaml.ScalarNode) or len(part.value) > LONGEST:
-                    name = f"{key.value:.60}" if isinstance(key, yaml.ScalarNode) else "a key"
-                    raise yaml.YAMLError(
-                        f"each key has a number or a short text, got something else in line {part.start_mark.line + 1} "
-                        f"({name})"
-                    )
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"each key of a control file must stand once, got {key!r:.60} {keys.count(key)} times")
-        return super().construct_mapping(node, deep)
+    Raises:
+        UserError: a key stands twice.
+        yaml.YAMLError: it is no such mapping, or no YAML.
+    """
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"a value must be written out, got *{event.anchor:.60}")
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        for part in (key, value):
+            if not isinstance(part, yaml.ScalarNode) or len(part.value) > LONGEST:
+                name = f"{key.value:.60}" if isinstance(key, yaml.ScalarNode) else "a key"
+                raise yaml.YAMLError(
+                    f"each key has a number or a short text, got something else in line {part.start_mark.line + 1} "
+                    f"({name})"
+                )
+    for name, count in Counter(key.value for key, _ in node.value).items():
+        if count > 1:
+            raise UserError(f"each key of a control file must stand once, got {name!r:.60} {count} times")
 
 
 def _whole(minimum: int, maximum: int | None = None) -> Callable[[Any], int]:
@@ -188,7 +191,8 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
             raise UserError(f"{path} must be a control file, got one of more than {LARGEST:,} bytes; name another")
-        content = yaml.load(text, _Loader)
+        _check_plain(text)
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a control file") from error
     except UserError:
