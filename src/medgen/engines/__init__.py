@@ -11,6 +11,7 @@ from medgen.engines.latent_diffusion import LatentDiffusionTrainer, warmup
 from medgen.engines.pggan import PGGAN_TRAINING, PGGANTrainer, check_groups, growth_schedule, pggan_setting
 from medgen.engines.segmentation import SegmentationTrainer
 from medgen.engines.stylegan2 import STYLEGAN2_TRAINING, StyleGAN2Trainer, stylegan2_setting
+from medgen.engines.supervised import LabelledTrainer
 from medgen.engines.trainer import GenerativeTrainer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "EncoderTrainer",
     "GenerativeTrainer",
     "InversionTrainer",
+    "LabelledTrainer",
     "LatentDiffusionTrainer",
     "PGGANTrainer",
     "SegmentationTrainer",
