@@ -314,7 +314,7 @@ def name_others(content, folder):
         ({"max_steps": 150, "val_interval": 100}, "max_steps must be a multiple of 100, got 150; set --max_steps to"),
         ({"arm": "best"}, "arm must be one of real, classical"),
         ({"augment": "mixup"}, "augment must be one of none, classical"),
-        ({"arm": "balanced"}, "class 1 needs 12 synthetic images, got 0"),
+        ({"arm": "balanced"}, "class 1 needs 12 synthetic images, got none of any class; .*--synthetic"),
         ({"image_size": 16}, "image_size must be a whole number of at least 32"),
         ({"batch_size": 1}, "batch_size must be a whole number of at least 2"),
         ({"num_classes": 3}, r"none of class 2 \(2\) among 0 \(16\), 1 \(4\)"),
